@@ -1,0 +1,367 @@
+"""The sum of terms that every kind of transfer learning minimises: Step, Objective, schedules, Learner.
+
+A term is a function of one mixed forward pass (a `Step`). It returns either one number, the mean over the batch that
+it couples (CORAL, a penalty on the weights), or one value an item (an example, a token), and then says beforehand how
+many items of a batch it counts. With the counts known before the first backward, one reducer divides each term by its
+items in the whole accumulated batch over all processes: gradients are those of one large batch, however it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TransferError
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+UNLABELLED = -100  # the ecosystem's own ignore index
+SOURCE, TARGET = 0, 1
+CONTRACT_COLUMNS = ("labels", "domain", "example_id")
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """A weight that moves on a straight line with training progress, and stays flat outside `[begin, until]`.
+
+    Args:
+        start: Value up to progress `begin`.
+        end: Value from progress `until` on.
+        begin: Progress in [0, 1) at which the line starts.
+        until: Progress in (begin, 1] at which the line ends.
+
+    Raises:
+        TransferError: If not 0 <= begin < until <= 1.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.until <= 1:
+            raise TransferError(
+                f"A schedule needs 0 <= begin < until <= 1, got begin={self.begin}, until={self.until}."
+            )
+
+    def __call__(self, progress: float) -> float:
+        share = min(max((progress - self.begin) / (self.until - self.begin), 0.0), 1.0)
+        return self.start + (self.end - self.start) * share
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """A weight that moves from `start` to `end` along half a cosine over the whole training."""
+
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+@dataclass(frozen=True)
+class SigmoidSchedule:
+    """The warm-up of domain-adversarial training: 2 / (1 + exp(-gamma * progress)) - 1, times `peak`.
+
+    Source: Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818, section 5.2.2.
+    """
+
+    peak: float = 1.0
+    gamma: float = 10.0
+
+    def __call__(self, progress: float) -> float:
+        return self.peak * (2 / (1 + math.exp(-self.gamma * progress)) - 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over one mixed batch of N rows, as the terms see it.
+
+    Attributes:
+        model: The model that made the outputs.
+        inputs: What the model was given.
+        outputs: What the model returned.
+        logits: (N, C), or (N, T, C) for tokens; float32.
+        labels: (N,), (N, T), or soft (N, C); -100 = unlabelled. None where the batch has none.
+        features: The input of the classifier, (N, D), or (N, T, D) for tokens; None if no term `uses_features`.
+        domain: (N,) int64; 0 = source, 1 = target. None where the batch has none.
+        example_id: (N,) int64. None where the batch has none.
+        progress: Share of training that is done, in [0, 1]; survives a resume.
+        teacher: The teacher's signal, for distillation.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: Any
+    logits: Tensor
+    labels: Tensor | None = None
+    features: Tensor | None = None
+    domain: Tensor | None = None
+    example_id: Tensor | None = None
+    progress: float = 0.0
+    teacher: Any = None
+
+    @property
+    def labelled(self) -> Tensor:
+        """(N,) bool: rows with a label."""
+        return labelled_rows({"labels": self.labels}, len(self.logits), self.logits.device)
+
+    @property
+    def source(self) -> Step:
+        """The rows with domain 0."""
+        return self.rows(self._domain() == SOURCE)
+
+    @property
+    def target(self) -> Step:
+        """The rows with domain 1."""
+        return self.rows(self._domain() == TARGET)
+
+    def rows(self, mask: Tensor) -> Step:
+        """The same step, cut to some rows.
+
+        Args:
+            mask: (N,) bool.
+        """
+        cut: dict[str, Any] = {
+            f.name: getattr(self, f.name)[mask]
+            for f in fields(self)
+            if f.name in ("logits", "labels", "features", "domain", "example_id") and getattr(self, f.name) is not None
+        }
+        inputs = {k: v[mask] if torch.is_tensor(v) and len(v) == len(mask) else v for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs, **cut)
+
+    def _domain(self) -> Tensor:
+        if self.domain is None:
+            raise TransferError(
+                "This term needs the rows' `domain` column (0 = source, 1 = target), and the batch has none. "
+                "Build the data with hf_transfer.data.splits.combine(source=..., target=...)."
+            )
+        return self.domain
+
+
+def labelled_rows(batch: Mapping[str, Any], rows: int, device: torch.device) -> Tensor:
+    """(N,) bool: which rows of a collated batch carry a label (any label other than -100)."""
+    labels = batch.get("labels")
+    if labels is None:
+        return torch.zeros(rows, dtype=torch.bool, device=device)
+    return (labels != UNLABELLED).reshape(len(labels), -1).any(dim=1)
+
+
+class Objective(nn.Module):
+    """One term of the sum: a subclass computes it in `forward(step)`.
+
+    A term may own parameters and buffers: they train, checkpoint, resume and synchronise with everything else, and
+    never land in the saved model.
+
+    Args:
+        weight: A number, or a schedule of training progress in [0, 1].
+        name: The name it is logged under; the class's name in snake case by default.
+
+    Raises:
+        TransferError: If a constant weight is not finite.
+    """
+
+    uses_features: bool = False
+    """Whether `forward` reads `step.features`."""
+    in_evaluation: bool = False
+    """Whether the term is part of the evaluation loss (supervised terms are)."""
+
+    def __init__(self, weight: float | Schedule = 1.0, name: str | None = None) -> None:
+        super().__init__()
+        if not callable(weight) and not math.isfinite(weight):
+            raise TransferError(f"{type(self).__name__}: weight must be finite or a schedule, got {weight!r}.")
+        self.weight = weight
+        self.name = name or _snake_case(type(self).__name__)
+
+    def weight_at(self, progress: float) -> float:
+        """The term's weight at this progress in [0, 1]."""
+        return self.weight(progress) if callable(self.weight) else self.weight
+
+    def prepare(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+        """Called once with the model as it starts, before training: size what is owned, remember the weights."""
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """How many items of a collated batch `forward` returns values for, known from the batch alone.
+
+        Returns:
+            A 0-d tensor; or None (the default) where `forward` returns one number that couples the batch, which is
+            then averaged over micro-batches and processes.
+        """
+        return None
+
+    def forward(self, step: Step) -> Tensor:
+        """The term's value: 0-d where `count` is None, else one value an item (any shape; items not counted are 0)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, weight={self.weight!r}"
+
+
+@dataclass
+class Signal:
+    """What a Learner returns: the loss to minimise, the model's outputs, and each term's value for the log."""
+
+    loss: Tensor | None
+    outputs: Any
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learner(nn.Module):
+    """The user's model and the terms in one module, whose forward computes the summed loss.
+
+    It takes the model's place where a training engine wraps the model (DDP and its like), so that every parameter,
+    the terms' included, is seen by the engine's hooks.
+
+    Args:
+        model: Any model whose output has logits.
+        objectives: The terms; their names must differ.
+        anatomy: Where the classifier is; needed if a term `uses_features`.
+    """
+
+    def __init__(self, model: nn.Module, objectives: Sequence[Objective], anatomy: Anatomy | None) -> None:
+        super().__init__()
+        names = [term.name for term in objectives]
+        if len(set(names)) != len(names):
+            raise TransferError(f"Two terms share a name: {names}. Pass name=... to tell them apart in the log.")
+        self.model = model
+        self.objectives = nn.ModuleList(objectives)
+        self.anatomy = anatomy
+        for term in objectives:
+            term.prepare(model, anatomy)
+        self._uses_features = any(term.uses_features for term in objectives)
+
+    def terms(self) -> list[Objective]:
+        """The terms, in the order given."""
+        return list(self.objectives)  # type: ignore[arg-type]
+
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Items of this batch by term, for the terms that count them."""
+        counted = {term.name: term.count(batch) for term in self.terms()}
+        return {name: count for name, count in counted.items() if count is not None}
+
+    def forward(
+        self,
+        batch: dict[str, Any],
+        progress: float = 0.0,
+        counts: Mapping[str, Tensor] | None = None,
+        micro_batches: int = 1,
+        teacher: Any = None,
+    ) -> Signal:
+        """Runs the model once and sums the terms.
+
+        Args:
+            batch: A collated batch on the model's device, with the contract's columns.
+            progress: Share of training done, in [0, 1].
+            counts: Each counting term's items in the whole accumulated batch, divided by the number of processes
+                (engines average gradients over processes). This batch's own counts by default.
+            micro_batches: Number of batches that are accumulated before the optimizer steps.
+            teacher: The teacher's signal for this batch.
+
+        Returns:
+            The loss (None where no term applies), the outputs, and each term's unweighted share of the log.
+        """
+        step = self._run(batch, progress, teacher)
+        counts = self.counts(batch) if counts is None else counts
+        loss, values = None, {}
+        for term in self.terms():
+            if not self.training and not (term.in_evaluation and step.labels is not None):
+                continue
+            value = self._mean(term, step, counts, micro_batches)
+            values[term.name] = value.detach()
+            weighted = value * term.weight_at(progress)
+            loss = weighted if loss is None else loss + weighted
+        return Signal(loss, step.outputs, values)
+
+    def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+        """The term's share of its mean over the whole accumulated batch."""
+        value = term(step)
+        if term.name in counts:
+            return value.float().sum() / counts[term.name].to(value.device).clamp(min=torch.finfo(torch.float32).tiny)
+        if value.dim() != 0:
+            raise TransferError(
+                f"The term '{term.name}' returned values of shape {tuple(value.shape)} but counts no items: "
+                "return a mean (0-d), or define count(batch)."
+            )
+        return value.float() / micro_batches
+
+    def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
+        inputs = {name: value for name, value in batch.items() if name not in CONTRACT_COLUMNS}
+        features = None
+        if self._uses_features:
+            outputs, features = self._outputs_and_features(inputs)
+        else:
+            outputs = self.model(**inputs)
+        logits = logits_of(outputs).float()
+        if features is not None:
+            features = match_rows(features, logits, inputs.get("attention_mask"))
+        return Step(
+            model=self.model, inputs=inputs, outputs=outputs, logits=logits, features=features, progress=progress,
+            teacher=teacher, **{name: batch.get(name) for name in CONTRACT_COLUMNS},
+        )  # fmt: skip
+
+    def _outputs_and_features(self, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+        from .anatomy import Taps
+
+        if self.anatomy is None or not self.anatomy.classifiers:
+            raise TransferError(
+                f"A term needs features, but no classifier was found in {type(self.model).__name__}: features are the "
+                "input of the layer that gives the logits. Load the model with load_backbone(), or drop the term."
+            )
+        classifier = self.anatomy.classifiers[0]
+        with Taps(self.model, [classifier], inputs=True) as taps:
+            outputs = self.model(**inputs)
+        return outputs, taps.values[classifier]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in whatever a model returns: an output with `.logits`, a mapping, a tuple, or the tensor itself."""
+    if torch.is_tensor(outputs):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
+
+def match_rows(features: Tensor, logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """One feature vector a row of logits.
+
+    Decoders apply their classifier to every token and keep the last one's logits: the features kept are the same
+    token's. Convolutional classifiers see (N, D, 1, 1).
+
+    Args:
+        features: (N, D), (N, T, D) or (N, D, 1, 1).
+        logits: (N, C) or (N, T, C).
+        attention_mask: (N, T), where the input is text.
+
+    Returns:
+        (N, D), or (N, T, D) where the logits have tokens too.
+    """
+    if features.dim() == logits.dim():
+        return features
+    if features.dim() == 3 and logits.dim() == 2:
+        n, t = features.shape[:2]
+        if attention_mask is None:
+            last = torch.full((n,), t - 1, device=features.device)
+        else:
+            last = (attention_mask * torch.arange(t, device=features.device)).argmax(dim=1)  # (N,)
+        return features[torch.arange(n, device=features.device), last]
+    return features.flatten(1)
+
+
+def _snake_case(name: str) -> str:
+    """CrossEntropy -> cross_entropy, L2SP -> l2sp, DANN -> dann."""
+    pairs = zip(" " + name, name, name[1:] + " ", strict=False)
+    return "".join(
+        ("_" if c.isupper() and before != " " and (before.islower() or after.islower()) else "") + c.lower()
+        for before, c, after in pairs
+    )

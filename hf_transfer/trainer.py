@@ -1,0 +1,468 @@
+"""TransferTrainer: transformers' Trainer, minimising a sum of terms. ALL plumbing to its internals is in this file.
+
+Without terms it is the stock Trainer with its loss scaling put right. With terms, one module (objective.Learner) holds
+the user's model and the terms and computes the summed loss in its forward; it stands in the model's place only while
+accelerate wraps the model and while the optimizer is made. `trainer.model` stays the user's; a checkpoint is an
+ordinary one, with the terms' own state in a file beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._torchvision import make_torchvision_importable
+
+make_torchvision_importable()
+
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
+from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+
+from .anatomy import Anatomy, plain_model  # noqa: E402
+from .checkpoints import last_complete_checkpoint  # noqa: E402
+from .errors import TransferError  # noqa: E402
+from .learning_rates import parameter_groups  # noqa: E402
+from .objective import CONTRACT_COLUMNS, Learner, Objective, Signal  # noqa: E402
+from .plans import plan  # noqa: E402
+from .schedulers import DECAYS, decay_schedule  # noqa: E402
+from .transfer_config import TransferConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from .weights import ExponentialAverage
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "transfer_state.pt"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The training loss became NaN or infinite; training stopped before the weights were touched."""
+
+
+class TransferTrainer(Trainer):
+    """A transformers Trainer that minimises a sum of terms over the data contract.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        objectives: The terms, for example `[CrossEntropy(), DANN(weight=1.0)]`. None: the model's own loss, as the
+            stock Trainer does.
+        **kwargs: As for `transformers.Trainer`. `args` is a TransferConfig (or TrainingArguments).
+
+    Raises:
+        TransferError: If the terms cannot be combined with the arguments.
+    """
+
+    def __init__(self, *args: Any, objectives: Sequence[Objective] | None = None, **kwargs: Any) -> None:
+        self.learner: Learner | None = None
+        self.ema: ExponentialAverage | None = None
+        self._counts: dict[str, Tensor] | None = None
+        self._term_sums: dict[str, Tensor] = {}
+        self._terms_logged_at = 0
+        super().__init__(*args, **kwargs)
+        self.objectives = list(objectives or ())
+        if self.objectives:
+            self._take_objectives()
+        elif _averages_its_own_loss(self.model):
+            self.model_accepts_loss_kwargs = False
+        self.add_callback(_Hooks(self))
+        if self._option("early_stopping_patience"):
+            self.add_callback(EarlyStoppingCallback(self._option("early_stopping_patience")))
+
+    # ---- terms ------------------------------------------------------------------------------------------------------
+
+    def _take_objectives(self) -> None:
+        if self.args.label_smoothing_factor:
+            raise TransferError(
+                "label_smoothing_factor does not reach explicit objectives: pass "
+                f"CrossEntropy(label_smoothing={self.args.label_smoothing_factor}) among them, and leave it 0."
+            )
+        if self.compute_loss_func is not None:
+            raise TransferError("Pass objectives or compute_loss_func, not both: make the function an Objective.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TransferError(
+                "objectives are not supported under FSDP or DeepSpeed yet: launch with DDP (accelerate launch, "
+                "torchrun), or train without terms."
+            )
+        if self.args.n_gpu > 1:
+            logger.warning("Several GPUs in one process: only the first is used. Start with `accelerate launch`.")
+            self.args._n_gpu = 1
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = False
+        self._build_learner()
+
+    def _build_learner(self) -> None:
+        """Made with the model as it starts, before a checkpoint is loaded: terms may remember the starting weights."""
+        self.learner = Learner(self.model, self.objectives, _anatomy(self.model))
+        self.learner.objectives.to(self.args.device)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise TransferError("Nothing is left to train: every parameter is frozen. Apply another tuning.")
+        if self._option("ema_decay"):
+            from .weights import ExponentialAverage
+
+            self.ema = ExponentialAverage(self.model, self.args.ema_decay)
+        if self.learner is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.learner.model is not self.model:  # model_init made a new one
+            self._build_learner()
+        with self._learner_in_place():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    @contextmanager
+    def _learner_in_place(self) -> Iterator[None]:
+        """The learner stands where the Trainer takes the model from; afterwards the user's model is back."""
+        model = self.model
+        if self.model_wrapped is model:
+            self.model_wrapped = self.learner
+        self.model = self.learner
+        try:
+            yield
+        finally:
+            self.model = model
+            self.callback_handler.model = model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's; with a layer decay or a head rate, over groups by depth (learning_rates.py)."""
+        if self.optimizer is None and (self._option("layer_decay") or self._option("head_learning_rate")):
+            user_model = self.learner.model if self.learner is not None else self.model
+            groups = parameter_groups(
+                user_model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                head_learning_rate=self.args.head_learning_rate,
+                layer_decay=self.args.layer_decay,
+            )
+            if self.learner is not None and (own := list(self.learner.objectives.parameters())):
+                rate = self.args.head_learning_rate or self.args.learning_rate
+                groups.append({"params": own, "lr": rate, "weight_decay": self.args.weight_decay, "name": "terms"})
+            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, user_model
+            )
+            self.optimizer_cls_and_kwargs = (optimizer_cls, {**kwargs, "params": groups})
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's, and "step" and "multistep"."""
+        if self.lr_scheduler is None and self.args.lr_scheduler_type in DECAYS:
+            factor = decay_schedule(
+                self.args.lr_scheduler_type,
+                num_training_steps,
+                self.args.get_warmup_steps(num_training_steps),
+                self.args.lr_scheduler_kwargs or {},
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Also counts, over all processes, the items of each term in the batches about to be accumulated."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.learner is not None and samples:
+            self._counts = self._counts_over_processes(samples)
+        return samples, items
+
+    def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Items by term, divided by the number of processes, over which the engine averages gradients."""
+        assert self.learner is not None
+        counted = [self.learner.counts(batch) for batch in batches]
+        names = list(counted[0])
+        if not names:
+            return {}
+        totals = torch.stack(
+            [torch.stack([count[name].double().to(self.args.device) for count in counted]).sum() for name in names]
+        )
+        totals = self.accelerator.reduce(totals, "sum") / self.accelerator.num_processes
+        return dict(zip(names, totals, strict=True))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; stops at a loss that is not finite, before the optimizer uses its gradient."""
+        ids = inputs.get("example_id")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._option("stop_on_nonfinite_loss") and not torch.isfinite(loss):
+            raise NonFiniteLoss(self._describe_nonfinite(loss, ids))
+        return loss
+
+    def _describe_nonfinite(self, loss: Tensor, ids: Tensor | None) -> str:
+        rows = "unknown (the data has no example_id column)" if ids is None else str(ids.tolist())
+        kept = last_complete_checkpoint(self.args.output_dir)
+        return (
+            f"The training loss is {loss.item()} at step {self.state.global_step}. Examples in the batch: {rows}. "
+            f"The weights were not updated with it; last good checkpoint: {kept or 'none was saved'}. "
+            "Look at these rows, lower learning_rate, set max_grad_norm, or train in bf16 instead of fp16."
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the terms; without terms, the model's own loss."""
+        if self.learner is None:
+            inputs = _for_model(inputs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if model is self.model:  # evaluation hands in the bare model
+            model = self.learner.train(self.model.training)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        training = self.model.training
+        signal: Signal = model(
+            inputs,
+            progress=progress,
+            counts=self._counts if training else None,
+            micro_batches=self.current_gradient_accumulation_steps if training else 1,
+        )
+        if training:
+            self._add_terms(signal.terms)
+        loss = torch.full((), float("nan"), device=self.args.device) if signal.loss is None else signal.loss
+        return (loss, _as_mapping(signal.outputs)) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As the Trainer's; rows without labels are predicted too."""
+        if inputs.get("labels") is None:
+            inputs = _for_model(inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in CONTRACT_COLUMNS if name not in self._signature_columns]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if getattr(dataset, "format", {}).get("type") == "custom":
+            return dataset  # with_transform: the columns the model sees are made from these
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampling = self._option("sampling") or "random"
+        if sampling == "random":
+            return super()._get_train_sampler(train_dataset)
+        from .data.sampling import BalancedSampler
+
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if sampling == "balanced_classes":
+            return BalancedSampler.over_classes(dataset, seed=self._data_seed)
+        return BalancedSampler.over_domains(dataset, batch_size=self._train_batch_size, seed=self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Tells the epoch to all that draws by (seed, epoch): the order of rows, augmentation, mixing."""
+        from .data.replay import dataset_epoch
+
+        for counter in filter(None, map(dataset_epoch, (self.train_dataset, self.data_collator))):
+            counter.set(epoch)
+        for sampler in _samplers(train_dataloader):
+            if isinstance(sampler, LengthGroupedSampler):  # it draws from the global generator, which a resume moves
+                sampler.generator = torch.Generator().manual_seed(self._data_seed + epoch)
+            elif hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    # ---- log --------------------------------------------------------------------------------------------------------
+
+    def _add_terms(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; a training log also carries every term's unweighted mean, under its own name."""
+        if "loss" in logs and self._term_sums:
+            steps = max(self.state.global_step - self._terms_logged_at, 1)
+            sums = self.accelerator.reduce(torch.stack([v.float() for v in self._term_sums.values()]), "mean")
+            logs.update(zip(self._term_sums, (sums / steps).tolist(), strict=True))
+            self._term_sums, self._terms_logged_at = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. `resume_from_checkpoint=True` takes the last checkpoint that was saved whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise TransferError(f"No complete checkpoint to resume from in {self.args.output_dir!r}: train anew.")
+        self._term_sums = {}
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            kept = last_complete_checkpoint(folder.parent)
+            raise OSError(
+                f"Could not save {folder}: {error}. What was half written is removed; the last whole checkpoint is "
+                f"{kept or 'none'}. Free some space and resume with resume_from_checkpoint=True."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None or not isinstance(plain_model(self.model), PreTrainedModel):
+            return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return None
+        from transformers.trainer import TRAINING_ARGS_NAME
+
+        from .hub import bundle
+
+        folder = Path(output_dir or self.args.output_dir)
+        bundle.save(self.model, folder, processor=self.processing_class)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and (state := self._own_state()):
+            torch.save(state, Path(output_dir) / STATE_FILE)
+
+    def _own_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if self.learner is not None:
+            state["objectives"] = self.learner.objectives.state_dict()
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if plain_model(self.model) is not self.model:  # an adapter folder leaves out what moved in the base
+            state["buffers"] = dict(plain_model(self.model).named_buffers())
+        return state
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not (Path(checkpoint) / STATE_FILE).is_file():
+            return
+        state = torch.load(Path(checkpoint) / STATE_FILE, map_location=self.args.device, weights_only=True)
+        user_model = self.learner.model if self.learner is not None else self.model
+        if self.learner is not None:
+            self.learner.objectives.load_state_dict(state["objectives"])
+        if self.ema is not None and "ema" in state:
+            self.ema.load_state_dict(state["ema"])
+        buffers = dict(plain_model(user_model).named_buffers())
+        for name, value in state.get("buffers", {}).items():
+            buffers[name].copy_(value)
+
+    # ---- the average of the weights ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Evaluation sees the averaged weights, training goes on with its own."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.swap(self.model)
+        try:
+            yield
+        finally:
+            self.ema.swap(self.model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; on the averaged weights where there are any."""
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; on the averaged weights where there are any."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            state = torch.load(Path(self.state.best_model_checkpoint) / STATE_FILE, weights_only=True)
+            self.ema.load_state_dict(state["ema"])
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._finalize_training(*args, **kwargs)
+        if self.ema is not None:  # from here on the average is the model
+            self.ema.swap(self.model)
+            self.ema = None
+        return output
+
+    def _option(self, name: str) -> Any:
+        """An option of TransferConfig; None where the arguments are plain TrainingArguments."""
+        return getattr(self.args, name) if isinstance(self.args, TransferConfig) else None
+
+
+class _Hooks(TrainerCallback):
+    """What must happen at moments that only callbacks see."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            options = ("learning_rate", "head_learning_rate", "layer_decay")
+            if _anatomy(self.trainer.model) is not None:
+                logger.info("%s", plan(self.trainer.model, **{name: getattr(args, name, None) for name in options}))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.model)
+
+
+def _anatomy(model: nn.Module) -> Anatomy | None:
+    """The model's map; None for a model without any layer that could give logits."""
+    try:
+        return Anatomy.of(model)
+    except TransferError:
+        return None
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """The samplers under a prepared loader, outermost first.
+
+    accelerate's set_epoch does not reach through SkipBatchSampler over BatchSamplerShard, so that a run resumed on
+    several processes would draw the first epoch's order again.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    while sampler is not None:
+        yield sampler
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
+def _averages_its_own_loss(model: nn.Module) -> bool:
+    """Whether a model's loss is a mean over its batch, though its forward takes **kwargs.
+
+    The stock Trainer believes that any forward with **kwargs divides by `num_items_in_batch`; classification heads do
+    not, so accumulated gradients come out multiplied (https://github.com/huggingface/transformers/issues/47688).
+    Delete this when the Trainer asks the loss instead of the signature.
+    """
+    heads = ("SEQUENCE", "TOKEN", "IMAGE", "AUDIO")
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_CLASSIFICATION_MAPPING_NAMES") for head in heads]
+    return type(plain_model(model)).__name__ in {name for table in tables for name in _flat(table.values())}
+
+
+def _flat(names: Any) -> Iterator[str]:
+    for name in names:
+        yield from (name,) if isinstance(name, str) else name
+
+
+def _for_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without the contract's columns that no model takes."""
+    return {k: v for k, v in inputs.items() if k not in CONTRACT_COLUMNS or k == "labels"}
+
+
+def _as_mapping(outputs: Any) -> Mapping[str, Any]:
+    """A model's outputs as the Trainer's evaluation reads them."""
+    if isinstance(outputs, Mapping):
+        return outputs
+    return {"logits": outputs if torch.is_tensor(outputs) else outputs[0]}
+
