@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ._torchvision import make_torchvision_importable
@@ -256,12 +257,8 @@ class TransferTrainer(Trainer):
 
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if sampling == "balanced_classes":
-            return BalancedSampler.over_classes(dataset, seed=self._data_seed)
-        return BalancedSampler.over_domains(dataset, batch_size=self._train_batch_size, seed=self._data_seed)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return BalancedSampler.over_classes(dataset, seed=self.args.data_seed)
+        return BalancedSampler.over_domains(dataset, batch_size=self._train_batch_size, seed=self.args.data_seed)
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """Tells the epoch to all that draws by (seed, epoch): the order of rows, augmentation, mixing."""
@@ -271,7 +268,7 @@ class TransferTrainer(Trainer):
             counter.set(epoch)
         for sampler in _samplers(train_dataloader):
             if isinstance(sampler, LengthGroupedSampler):  # it draws from the global generator, which a resume moves
-                sampler.generator = torch.Generator().manual_seed(self._data_seed + epoch)
+                sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
             elif hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
@@ -310,6 +307,8 @@ class TransferTrainer(Trainer):
         except Exception as error:
             if self.args.should_save and not existed:
                 shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # what a full disk shows as
+                raise
             kept = last_complete_checkpoint(folder.parent)
             raise OSError(
                 f"Could not save {folder}: {error}. What was half written is removed; the last whole checkpoint is "
@@ -408,6 +407,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._terms_logged_at = state.global_step
         if state.is_world_process_zero:
             options = ("learning_rate", "head_learning_rate", "layer_decay")
             if _anatomy(self.trainer.model) is not None:

@@ -44,6 +44,8 @@ class TransferConfig(TrainingArguments):
         self._check_ranges()
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else accelerate's sampler takes whatever torch was last seeded with
         decay = self._take_own_scheduler()
         super().__post_init__()
         if decay is not None:
