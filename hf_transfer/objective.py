@@ -137,7 +137,9 @@ class Step:
             for f in fields(self)
             if f.name in ("logits", "labels", "features", "domain", "example_id") and getattr(self, f.name) is not None
         }
-        inputs = {k: v[mask] if torch.is_tensor(v) and len(v) == len(mask) else v for k, v in self.inputs.items()}
+        inputs = {
+            k: v[mask] if torch.is_tensor(v) and v.dim() and len(v) == len(mask) else v for k, v in self.inputs.items()
+        }
         return replace(self, inputs=inputs, **cut)
 
     def _domain(self) -> Tensor:
@@ -246,7 +248,7 @@ class Learner(nn.Module):
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of this batch by term, for the terms that count them."""
-        counted = {term.name: term.count(batch) for term in self.terms()}
+        counted = {term.name: term.count(batch) for term in self.terms() if self.training or term.in_evaluation}
         return {name: count for name, count in counted.items() if count is not None}
 
     def forward(

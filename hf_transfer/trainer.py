@@ -23,7 +23,7 @@ from ._torchvision import make_torchvision_importable
 
 make_torchvision_importable()
 
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback  # noqa: E402
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
@@ -74,9 +74,16 @@ class TransferTrainer(Trainer):
             self._take_objectives()
         elif _averages_its_own_loss(self.model):
             self.model_accepts_loss_kwargs = False
-        self.add_callback(_Hooks(self))
+        self._add_own_callbacks()
+
+    def _add_own_callbacks(self) -> None:
+        if self._option("ema_decay"):
+            self.add_callback(_UpdateAverage(self))
         if self._option("early_stopping_patience"):
             self.add_callback(EarlyStoppingCallback(self._option("early_stopping_patience")))
+        if isinstance(self.args, TransferConfig) and self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(_LogToLogger)
 
     # ---- terms ------------------------------------------------------------------------------------------------------
 
@@ -112,12 +119,19 @@ class TransferTrainer(Trainer):
             from .weights import ExponentialAverage
 
             self.ema = ExponentialAverage(self.model, self.args.ema_decay)
+        self._terms_logged_at = self.state.global_step
+        self._log_plan()
         if self.learner is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
             self._build_learner()
         with self._learner_in_place():
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _log_plan(self) -> None:
+        if self.is_world_process_zero() and _anatomy(self.model) is not None:
+            rates = ("learning_rate", "head_learning_rate", "layer_decay")
+            logger.info("%s", plan(self.model, **{name: getattr(self.args, name, None) for name in rates}))
 
     @contextmanager
     def _learner_in_place(self) -> Iterator[None]:
@@ -400,22 +414,23 @@ class TransferTrainer(Trainer):
         return getattr(self.args, name) if isinstance(self.args, TransferConfig) else None
 
 
-class _Hooks(TrainerCallback):
-    """What must happen at moments that only callbacks see."""
+class _UpdateAverage(TrainerCallback):
+    """Takes each new state of the weights into their average."""
 
     def __init__(self, trainer: TransferTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._terms_logged_at = state.global_step
-        if state.is_world_process_zero:
-            options = ("learning_rate", "head_learning_rate", "layer_decay")
-            if _anatomy(self.trainer.model) is not None:
-                logger.info("%s", plan(self.trainer.model, **{name: getattr(args, name, None) for name in options}))
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
+
+
+class _LogToLogger(TrainerCallback):
+    """In the place of transformers' PrinterCallback, which prints: a library logs."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_local_process_zero:
+            logger.info("%s", {k: round(v, 6) if isinstance(v, float) else v for k, v in (logs or {}).items()})
 
 
 def _anatomy(model: nn.Module) -> Anatomy | None:

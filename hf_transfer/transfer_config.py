@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -50,6 +51,8 @@ class TransferConfig(TrainingArguments):
         super().__post_init__()
         if decay is not None:
             self.lr_scheduler_type = decay
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns of pinning without a device
         if self.stop_on_nonfinite_loss:
             self.logging_nan_inf_filter = False  # it would look at every loss once more, and hide what we stop at
 

@@ -1,0 +1,33 @@
+# Each target works from a fresh clone on a machine that has python3 (3.10 or later) with pip and venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test quickstart lint format clean
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+quickstart: $(INSTALLED)
+	$(BIN)/python recipes/quickstart.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# The stamp is written last: an install that failed or was interrupted is done again.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("python3 is %d.%d; hf_transfer needs 3.10 or later: make PYTHON=python3.12 ..." % v[:2])'
+	@echo "installing into $(VENV) (PyTorch included: some minutes, some GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@

@@ -1,0 +1,126 @@
+"""The command `hf-transfer`: fine-tune by flags, upload a run folder, show its results.
+
+    hf-transfer finetune --model timm/resnet18.a1_in1k --dataset uoft-cs/cifar10 --tuning lora --output_dir runs/lora
+    hf-transfer report runs/lora
+    hf-transfer push runs/lora me/resnet18-cifar10
+
+On several devices: accelerate launch -m hf_transfer.cli finetune --config run.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_transfer import __version__
+from hf_transfer._clash import refuse_shared_folder
+from hf_transfer.console import is_first_process, run
+from hf_transfer.errors import TransferError
+
+refuse_shared_folder()  # the downloader, installed last, replaced the __init__.py that asks first
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. Bad input ends the program with one message on stderr and an exit code other than 0.
+
+    Args:
+        argv: The arguments; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: For bad input, and after `--help` and `--version`.
+    """
+    run(lambda: _command(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _command(argv: Sequence[str]) -> None:
+    if argv[:1] == ["finetune"]:
+        _finetune(argv[1:])  # its flags are the recipes': their parser, not argparse's subcommand, reads them
+    else:
+        options = _parser().parse_args(argv)
+        options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-transfer", description="Transfer learning for any backbone.")
+    parser.add_argument("--version", action="version", version=f"hf-transfer-learning {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    commands.add_parser("finetune", help="fine-tune a backbone on data (hf-transfer finetune --help lists the flags)")
+
+    report = commands.add_parser("report", help="print a run folder's results")
+    report.add_argument("folder", type=Path, help="a run folder: it holds results.json")
+    report.set_defaults(command=lambda options: print(results_table(options.folder)))
+
+    push = commands.add_parser("push", help="upload a run folder to the Hugging Face Hub")
+    push.add_argument("folder", type=Path, help="a run folder")
+    push.add_argument("repo_id", help="user/name; made if it does not exist")
+    push.add_argument("--private", action=argparse.BooleanOptionalAction, help="of a new repository")
+    push.add_argument("--revision", help="branch to upload to; the main one by default")
+    push.set_defaults(command=_push)
+    return parser
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    from hf_transfer.config import parse_given
+    from hf_transfer.finetune import finetune
+
+    config, given = parse_given(argv, defaults={}, description="Fine-tunes a backbone on labelled data.")
+    result = finetune(**vars(config), **given)
+    if is_first_process():
+        print(f"{result.folder}\n{results_table(result.folder)}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hf_transfer.hub.push import push
+
+    print(push(options.folder, options.repo_id, private=options.private, revision=options.revision))
+
+
+def results_table(folder: Path) -> str:
+    """The results of a run: a table of metrics by split, then every other fact on a line.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        The lines, joined.
+
+    Raises:
+        TransferError: If the folder holds no readable results.json.
+    """
+    path = folder / "results.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        metrics = dict(facts.pop("metrics"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TransferError(
+            f"{path} is not the results of a run ({error!r}). Give the --output_dir of one."
+        ) from error
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [["", *names]]
+    rows += [[split, *(_text(values.get(name, "")) for name in names)] for split, values in metrics.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*table, "", *(f"{name}: {_text(value)}" for name, value in _flat(facts))])
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Folders that hold a model, their cards, and pushing them to the Hub."""

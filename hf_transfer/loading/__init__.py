@@ -1,0 +1,1 @@
+"""Where backbones come from: one module a library, behind `hf_transfer.backbones.load_backbone`."""
