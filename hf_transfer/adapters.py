@@ -95,9 +95,11 @@ def _is_read_past(parent: nn.Module, child: str) -> bool:
     """Whether a module uses its layer `child` otherwise than by calling it.
 
     torch's MultiheadAttention and WavLM compute with the weight alone. So do timm's BEiT, EVA and SwinV2 where q and v
-    have biases of their own, although their code also has the call. DaViT asks a convolution for its kernel size,
-    which peft's twin does not have.
+    have biases of their own, and torch's TransformerEncoderLayer in eval mode, although their code also has the call.
+    DaViT asks a convolution for its kernel size, which peft's twin does not have.
     """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return True
     read, called, measured = _uses(cast(Any, type(parent)), child)
     own_biases = child == "qkv" and getattr(parent, "q_bias", None) is not None
     own_biases = own_biases and not getattr(parent, "qkv_bias_separate", False)

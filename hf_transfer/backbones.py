@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._torchvision import make_torchvision_importable
+from .errors import TransferError
 from .loading.failures import explained, is_path, missing_folder
 from .loading.request import TASKS, Request
 
@@ -107,8 +108,9 @@ def load_backbone(
     """
     make_torchvision_importable()
     options = {"revision": revision, "token": token, **model_kwargs}
+    name = os.fspath(name_or_path)
     request = Request.checked(
-        os.fspath(name_or_path),
+        os.path.expanduser(name) if name.startswith("~") else name,
         labels,
         task,
         pretrained=pretrained,
@@ -164,11 +166,9 @@ def _load_repository(request: Request) -> Backbone:
 
         model, base = adapters.load(request, _load)
         return _backbone(request, model, base.task, base.modality, processors.adapter_processor(request, base))
-    if "pretrained_cfg" in config or ("architecture" in config and "model_type" not in config):
+    if "pretrained_cfg" in config or config.get("model_type") == "timm_wrapper":
         model, task = timm_models.load(request)
         return _backbone(request, model, task, "image", timm_models.image_processor(model.config))
-    if config.get("model_type") == "torchvision_classifier":
-        from . import torchvision_models as torchvision_models  # registers the class
     model, task, modality = transformers_models.load(request)
     return _backbone(request, model, task, modality, processors.load_processor(request, model, task, modality))
 
@@ -181,5 +181,26 @@ def _backbone(request: Request, model: Any, task: str, modality: Any, processor:
     if modality == "image":
         timm = model.config.model_type == "timm_wrapper"
         data_config = timm_models.data_config(model.config) if timm else processors.data_config(processor, model)
+        if request.image_size is not None or request.in_chans is not None:
+            _try_one_image(model.eval(), request)
     labels = None if task == "causal-lm" else label_names(model.config)
     return Backbone(model.eval(), processor, modality, task, request.name, labels, data_config)
+
+
+def _try_one_image(model: Any, request: Request) -> None:
+    """Runs one image of the size asked for: some networks take another at construction and fail in their forward."""
+    import torch
+
+    from .loading.image_sizes import image_shape
+
+    channels, side = image_shape(model.config)
+    side = request.image_size or side or 224
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, channels, side, side, device=model.device, dtype=model.dtype))  # (1, C, H, W)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise TransferError(
+            f"{request.name!r} cannot take images of {channels} x {side} x {side}: {why}. Try another image_size=, or "
+            "leave image_size= and in_chans= out for its own."
+        ) from error

@@ -18,8 +18,8 @@ def is_first_process() -> bool:
 def run(main: Callable[[], None]) -> None:
     """Runs a recipe's main function as a program.
 
-    The library's decisions (parameters trained, learning rates, where each value came from) are logged to stderr by the
-    first process. Bad input ends the program with one message and exit code 2, not with a traceback.
+    The library's decisions (parameters trained, learning rates, where each value came from) are logged to stderr by
+    the first process. Bad input ends the program with one message and exit code 2, not with a traceback.
 
     Args:
         main: The program.

@@ -1,8 +1,8 @@
 """finetune(): one call from a backbone and data to a Result.
 
-    from hf_transfer import finetune
-    result = finetune("timm/resnet18.a1_in1k", "uoft-cs/cifar10", tuning="lora")
-    result.metrics["test"]; result.push_to_hub("me/resnet18-cifar10")
+from hf_transfer import finetune
+result = finetune("timm/resnet18.a1_in1k", "uoft-cs/cifar10", tuning="lora")
+result.metrics["test"]; result.push_to_hub("me/resnet18-cifar10")
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import difflib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .config import RunConfig
 from .errors import TransferError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINER_SEED = 42  # TrainingArguments' own default
+_TOLD_ELSEWHERE = ("model", "dataset", "tuning", "task", "pretrained")  # in results.json, beside the options
 
 
 @dataclass
@@ -129,20 +131,12 @@ def finetune(
     args = _arguments(training, backbone, run, data)
     prepared = _prepare(data, backbone, run, args)
     terms = [default_objective(backbone, data, run, args)] if objectives is None else list(objectives)
-    history: list[dict[str, Any]] = []
-    for step in steps:
-        backbone.model = step.apply(backbone.model)
-        trainer = _trainer(backbone, args, prepared, terms, run)
-        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        history += trainer.state.log_history
+    trainer, history, train_seconds = _train(backbone, steps, args, prepared, terms, run)
     metrics = _evaluate(trainer, prepared)
     rates = {name: getattr(args, name) for name in ("learning_rate", "head_learning_rate", "layer_decay")}
     result = Result(backbone, metrics, history, plan(backbone.model, **rates), {}, Path(args.output_dir))
     result.facts = _facts(run, args, training, data, result, trainer)
-    result.facts["seconds"] = {
-        "train": round(trained.metrics["train_runtime"], 1),
-        "total": round(time.time() - started, 1),
-    }
+    result.facts["seconds"] = {"train": round(train_seconds, 1), "total": round(time.time() - started, 1)}
     if trainer.is_world_process_zero():
         result.save(result.folder)
     trainer.accelerator.wait_for_everyone()
@@ -179,9 +173,7 @@ def _backbone(model: Any, run: RunConfig, data: Data, seed: int) -> Backbone:
         set_seed(seed)  # a new head is drawn at random
         task = run.task or data.columns.task
         labels = data.labels if data.labels is not None else data.outputs
-        model = load_backbone(
-            model, labels=labels, task=task, pretrained=run.pretrained, image_size=run.image_size
-        )
+        model = load_backbone(model, labels=labels, task=task, pretrained=run.pretrained, image_size=run.image_size)
     elif data.labels is not None and list(model.labels or ()) != list(data.labels):
         unknown = sorted(set(data.labels) - set(model.labels or ()))
         raise TransferError(
@@ -195,11 +187,11 @@ def _backbone(model: Any, run: RunConfig, data: Data, seed: int) -> Backbone:
 
 def _tuning_steps(tuning: str | Tuning, run: RunConfig, backbone: Backbone) -> list[Tuning]:
     """The tunings to apply one after the other: one, or the phases of gradual unfreezing."""
-    from .tuning import GradualUnfreeze, tuning_from_name
+    from .tuning import tuning_from_name
 
     if isinstance(tuning, str):
         tuning = tuning_from_name(tuning, train_blocks=run.train_blocks, lora_r=run.lora_r)
-    return tuning.phases(backbone.model) if isinstance(tuning, GradualUnfreeze) else [tuning]
+    return tuning.phases(backbone.model)
 
 
 def _arguments(training: dict[str, Any], backbone: Backbone, run: RunConfig, data: Data) -> TransferConfig:
@@ -250,11 +242,61 @@ def default_objective(backbone: Backbone, data: Data, run: RunConfig, args: Tran
     return CrossEntropy(label_smoothing=smoothing, class_weights=weights, shift=backbone.task == "causal-lm")
 
 
+def _train(
+    backbone: Backbone,
+    steps: Sequence[Tuning],
+    args: TransferConfig,
+    prepared: dict[str, Any],
+    terms: Sequence[Objective],
+    run: RunConfig,
+) -> tuple[TransferTrainer, list[dict[str, Any]], float]:
+    """Trains each tuning with a Trainer of its own; several (gradual unfreezing) share the epochs.
+
+    Returns:
+        The last Trainer, the log of all, and the seconds spent training.
+    """
+    history: list[dict[str, Any]] = []
+    seconds = 0.0
+    for number, step in enumerate(steps, start=1):
+        backbone.model = cast(Any, step.apply(backbone.model))
+        phase = args if len(steps) == 1 else _phase(args, number, len(steps))
+        trainer = _trainer(backbone, phase, prepared, terms, run)
+        seconds += trainer.train(_checkpoint(args, phase, first=number == 1)).metrics["train_runtime"]
+        history += trainer.state.log_history
+    return trainer, history, seconds
+
+
+def _phase(args: TransferConfig, number: int, phases: int) -> TransferConfig:
+    """The arguments of one phase: its share of the training, its own folder of checkpoints."""
+    phase = copy(args)
+    phase.output_dir = str(Path(args.output_dir) / f"phase-{number}")
+    phase.num_train_epochs = args.num_train_epochs / phases
+    phase.max_steps = max(1, args.max_steps // phases) if args.max_steps > 0 else args.max_steps
+    return phase
+
+
+def _checkpoint(args: TransferConfig, phase: TransferConfig, *, first: bool) -> str | None:
+    """Where to resume: a folder that was named, or with "true" the last whole checkpoint (of this phase, if any)."""
+    from .checkpoints import last_complete_checkpoint
+
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        return str(asked) if first else None
+    found = last_complete_checkpoint(phase.output_dir)
+    if found is None and first:
+        raise TransferError(
+            f"resume_from_checkpoint: no whole checkpoint in {phase.output_dir!r}. Train anew without it."
+        )
+    return found
+
+
 def _trainer(
     backbone: Backbone, args: TransferConfig, prepared: dict[str, Any], terms: Sequence[Objective], run: RunConfig
 ) -> TransferTrainer:
     from .data.collate import collator_for
-    from .evaluation.streaming import compute_metrics_for
+    from .evaluation import compute_metrics_for
     from .trainer import TransferTrainer
 
     return TransferTrainer(
@@ -269,9 +311,13 @@ def _trainer(
     )
 
 
+def _is_set(run: RunConfig, option: Field) -> bool:
+    return option.name not in _TOLD_ELSEWHERE and getattr(run, option.name) != option.default
+
+
 def _evaluate(trainer: TransferTrainer, prepared: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Metrics of the final model by split, without the Trainer's timings."""
-    metrics = {}
+    metrics: dict[str, dict[str, float]] = {}
     for split in ("validation", "test"):
         if split in prepared:
             found = trainer.evaluate(prepared[split], metric_key_prefix=split)
@@ -317,7 +363,7 @@ def _facts(
         "steps": trainer.state.global_step,
         "processes": args.world_size,
         "seed": args.seed,
-        "options": {f.name: getattr(run, f.name) for f in fields(run) if getattr(run, f.name) is not None},
+        "options": {f.name: getattr(run, f.name) for f in fields(run) if _is_set(run, f)},
         "training_arguments": {name: value for name, value in kept.items() if name not in local},
         "versions": library_versions(),
     }

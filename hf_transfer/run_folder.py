@@ -7,7 +7,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
 
@@ -53,7 +53,7 @@ def card_facts(backbone: Backbone, facts: dict[str, Any], name: str) -> Any:
 
     from .hub.card import CardFacts
 
-    library = "transformers"
+    library: Literal["transformers", "timm", "peft"] = "transformers"
     if isinstance(backbone.model, PeftModel):
         library = "peft"
     elif isinstance(backbone.model, TimmWrapperForImageClassification):

@@ -37,8 +37,8 @@ def decay_schedule(name: str, training_steps: int, warmup_steps: int, options: M
         name: "step" or "multistep".
         training_steps: Steps of the whole training.
         warmup_steps: Steps of the linear warm-up.
-        options: `gamma` (0.1) and `step_size` (for "step", 1/3) or `milestones` (for "multistep", [0.5, 0.75]); below 1
-            a share of training, from 1 on a number of steps.
+        options: `gamma` (0.1) and `step_size` (for "step", 1/3) or `milestones` (for "multistep", [0.5, 0.75]); below
+            1 a share of training, from 1 on a number of steps.
 
     Raises:
         TransferError: If an option is unknown or outside its range.

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -62,6 +62,10 @@ class TransferTrainer(Trainer):
         TransferError: If the terms cannot be combined with the arguments.
     """
 
+    args: Any  # TransferConfig, or plain TrainingArguments
+    model: Any
+    _signature_columns: Any
+
     def __init__(self, *args: Any, objectives: Sequence[Objective] | None = None, **kwargs: Any) -> None:
         self.learner: Learner | None = None
         self.ema: ExponentialAverage | None = None
@@ -103,6 +107,7 @@ class TransferTrainer(Trainer):
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: only the first is used. Start with `accelerate launch`.")
             self.args._n_gpu = 1
+        self.label_names = self.label_names or ["labels"]  # the model need not take labels: the terms do
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
         self._build_learner()
@@ -138,7 +143,7 @@ class TransferTrainer(Trainer):
         """The learner stands where the Trainer takes the model from; afterwards the user's model is back."""
         model = self.model
         if self.model_wrapped is model:
-            self.model_wrapped = self.learner
+            self.model_wrapped = cast(Learner, self.learner)
         self.model = self.learner
         try:
             yield
@@ -149,7 +154,7 @@ class TransferTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's; with a layer decay or a head rate, over groups by depth (learning_rates.py)."""
         if self.optimizer is None and (self._option("layer_decay") or self._option("head_learning_rate")):
-            user_model = self.learner.model if self.learner is not None else self.model
+            user_model: Any = self.learner.model if self.learner is not None else self.model
             groups = parameter_groups(
                 user_model,
                 learning_rate=self.args.learning_rate,
@@ -175,7 +180,7 @@ class TransferTrainer(Trainer):
                 self.args.get_warmup_steps(num_training_steps),
                 self.args.lr_scheduler_kwargs or {},
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -252,11 +257,22 @@ class TransferTrainer(Trainer):
             inputs = _for_model(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's; a dataset that is handed in never gets the persistent workers of another.
+
+        The Trainer keeps every loader under the key "eval" (https://github.com/huggingface/transformers, trainer.py,
+        get_eval_dataloader). Delete this when it keeps them by dataset.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+        return super().get_eval_dataloader(eval_dataset)
+
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in CONTRACT_COLUMNS if name not in self._signature_columns]
+        known = list(self._signature_columns or ())
+        self._signature_columns = [*known, *(name for name in CONTRACT_COLUMNS if name not in known)]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if getattr(dataset, "format", {}).get("type") == "custom":
@@ -274,7 +290,7 @@ class TransferTrainer(Trainer):
             return BalancedSampler.over_classes(dataset, seed=self.args.data_seed)
         return BalancedSampler.over_domains(dataset, batch_size=self._train_batch_size, seed=self.args.data_seed)
 
-    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         """Tells the epoch to all that draws by (seed, epoch): the order of rows, augmentation, mixing."""
         from .data.replay import dataset_epoch
 
@@ -285,7 +301,7 @@ class TransferTrainer(Trainer):
                 sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
             elif hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     # ---- log --------------------------------------------------------------------------------------------------------
 
@@ -399,7 +415,7 @@ class TransferTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.ema is not None:
-            state = torch.load(Path(self.state.best_model_checkpoint) / STATE_FILE, weights_only=True)
+            state = torch.load(Path(str(self.state.best_model_checkpoint)) / STATE_FILE, weights_only=True)
             self.ema.load_state_dict(state["ema"])
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -435,6 +451,8 @@ class _LogToLogger(TrainerCallback):
 
 def _anatomy(model: nn.Module) -> Anatomy | None:
     """The model's map; None for a model without any layer that could give logits."""
+    if next(model.children(), None) is None:
+        return None
     try:
         return Anatomy.of(model)
     except TransferError:
@@ -480,4 +498,3 @@ def _as_mapping(outputs: Any) -> Mapping[str, Any]:
     if isinstance(outputs, Mapping):
         return outputs
     return {"logits": outputs if torch.is_tensor(outputs) else outputs[0]}
-

@@ -34,6 +34,7 @@ class TransferConfig(TrainingArguments):
         TransferError: If a value is outside its range; names the value and what is valid.
     """
 
+    output_dir: str = field(default="trainer_output", metadata={"help": "Folder of the checkpoints and the model."})
     layer_decay: float | None = field(default=None, metadata={"help": "Layer-wise learning-rate decay, in (0, 1]."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the head."})
     sampling: str = field(default="random", metadata={"help": f"One of {', '.join(SAMPLINGS)}."})

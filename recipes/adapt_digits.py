@@ -5,9 +5,9 @@
     accelerate launch recipes/adapt_digits.py --seeds 0 1 2 --max_steps 1000 --dann_weight 0.5
 
 Each batch holds 64 labelled rows of MNIST and 64 unlabelled rows of USPS. Without DANN the target rows only pass
-through; with it, a discriminator tries to tell the domains apart from the features and the network learns to prevent it
-(Ganin et al. 2016, arXiv:1505.07818). No target label is used, in training or for choosing anything: the model of the
-last step is scored on USPS's test split.
+through; with it, a discriminator tries to tell the domains apart from the features, and the network learns to make
+that impossible (Ganin et al. 2016, arXiv:1505.07818). No target label is used, in training or for choosing anything:
+the model of the last step is scored on USPS's test split.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -85,13 +85,18 @@ def main() -> None:
     options = parser.parse_args()
 
     source, target = load_data(options.source, validation=0), load_data(options.target, validation=0)
-    methods = {"source only": lambda: [CrossEntropy()], "DANN": lambda: [CrossEntropy(), DANN(weight=options.dann_weight)]}
+    methods = {
+        "source only": lambda: [CrossEntropy()],
+        "DANN": lambda: [CrossEntropy(), DANN(weight=options.dann_weight)],
+    }
     for name, terms in methods.items():
         scores = [100 * train(source, target, terms(), seed, options) for seed in options.seeds]
         spread = f" +- {stdev(scores):.1f}" if len(scores) > 1 else ""
         if is_first_process():
             each = ", ".join(f"{score:.1f}" for score in scores)
-            print(f"{name:12} {mean(scores):.1f}{spread} % of the target's test split  (seeds {options.seeds}: {each})")
+            print(
+                f"{name:12} {mean(scores):.1f}{spread} % of the target's test split  (seeds {options.seeds}: {each})"
+            )
 
 
 if __name__ == "__main__":

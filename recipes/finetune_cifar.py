@@ -7,9 +7,9 @@
     python recipes/finetune_cifar.py --model resnet18 --dataset path/to/images_by_class --tuning linear_probe
     python recipes/finetune_cifar.py --help                      # every flag, TrainingArguments' included
 
-The tuning is full, linear_probe, partial (--train_blocks 2), gradual, bitfit or lora (--lora_r 16). What no flag and no
-YAML file says takes a recommended value for the tuning (hf_transfer/recommended.py). The model of the last step is kept:
-nothing is selected on the test split, which is looked at once. The run folder holds the model as an ordinary
+The tuning is full, linear_probe, partial (--train_blocks 2), gradual, bitfit or lora (--lora_r 16). What no flag and
+no YAML file says takes a recommended value for the tuning (hf_transfer/recommended.py). The model of the last step is
+kept: nothing is selected on the test split, which is looked at once. The run folder holds the model as an ordinary
 checkpoint, README.md (its card) and results.json.
 """
 

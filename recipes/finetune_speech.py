@@ -2,7 +2,7 @@
 
     accelerate launch recipes/finetune_speech.py
     python recipes/finetune_speech.py --model path/to/audio/model --dataset ../shared/data/spoken_digits
-    python recipes/finetune_speech.py --dataset path/to/sounds_by_class --max_length 3 --tuning partial --train_blocks 4
+    python recipes/finetune_speech.py --dataset path/to/sounds_by_class --max_length 3 --tuning partial
 
 Sounds are resampled to the model's rate; --max_length is in seconds. Needs the extra: pip install
 "hf-transfer-learning[audio]". As in every recipe, what no flag and no YAML file (--config) says takes a recommended

@@ -1,7 +1,8 @@
 """Fine-tune a text classifier: by default MiniLM on SST-2 from the Hub; any encoder or decoder, any texts.
 
     accelerate launch recipes/finetune_text.py
-    python recipes/finetune_text.py --model ../shared/weights/all-MiniLM-L6-v2 --dataset ../shared/data/sst2 --tuning lora
+    python recipes/finetune_text.py --model ../shared/weights/all-MiniLM-L6-v2 --dataset ../shared/data/sst2 \
+        --tuning lora
     python recipes/finetune_text.py --model ../shared/weights/all-MiniLM-L6-v2 --dataset ../shared/data/banking77 \
         --num_train_epochs 8
     python recipes/finetune_text.py --model distilbert/distilbert-base-uncased --dataset reviews.csv --max_length 128

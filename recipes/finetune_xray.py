@@ -3,11 +3,11 @@
     accelerate launch recipes/finetune_xray.py
     python recipes/finetune_xray.py --model ../shared/weights/mobilenetv2_100.coral_tf2_in1k \
         --dataset ../shared/data/pneumonia
-    python recipes/finetune_xray.py --dataset ../shared/data/pneumonia --class_weights none --sampling balanced_classes
+    python recipes/finetune_xray.py --model resnet18 --pretrained false --dataset path/to/xrays_by_class
 
-The rare class is weighted up in the loss (or drawn more often: --sampling balanced_classes). A flipped chest is not a
-chest, so augmentation shifts and turns only. Accuracy says little where one class rules: look at auroc and
-balanced_accuracy. The epoch with the best validation AUROC is kept; test is looked at once.
+The rare class is weighted up in the loss (--sampling balanced_classes would draw it more often instead). A flipped
+chest is not a chest, so augmentation shifts and turns only. Accuracy says little where one class rules: look at auroc
+and balanced_accuracy. The epoch with the best validation AUROC is kept; test is looked at once.
 """
 
 from hf_transfer import finetune

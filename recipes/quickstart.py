@@ -4,8 +4,8 @@
     python recipes/quickstart.py --seed 1 --labels 5
 
 The data is scikit-learn's handwritten digits (8 x 8 pixels, real handwriting). A small network is pretrained on the
-digits 0-4, then transferred to 5-9 in four ways, next to the same network from scratch. All five get the same rows, the
-same number of steps and the same augmentation; each keeps its last step; the test split is looked at once.
+digits 0-4, then transferred to 5-9 in four ways, next to the same network from scratch. All five get the same rows,
+the same number of steps and the same augmentation; each keeps its last step; the test split is looked at once.
 """
 
 import logging

@@ -263,8 +263,14 @@ def test_convolutions_that_peft_cannot_follow_take_no_adapter(caplog):
     with caplog.at_level("INFO", logger="hf_transfer"):
         assert adapted(LoRA(r=2).apply(model)) == {"blocks.0.plain"}
     assert "6 layers take no adapter" in caplog.text and all(name in caplog.text for name in list(layers)[1:])
-    with pytest.raises(TransferError, match="no layer"):
-        LoRA(r=2).apply(timm.create_model("resnetv2_50x1_bit", num_classes=5, layers=(1, 1, 1, 1), width_factor=1))
+
+
+def test_torchs_encoder_layer_takes_no_adapter():
+    """In eval mode it computes with the weights of its layers, past any adapter, where those have no gradient."""
+    layers = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)))
+    model = nn.Sequential(OrderedDict(embed=nn.Linear(3, 8), blocks=layers, head=nn.Linear(8, 5)))
+    with pytest.raises(TransferError, match="there are none"):
+        LoRA(r=2).apply(model)
 
 
 def test_any_peft_config():

@@ -59,10 +59,8 @@ def test_a_folder_saved_by_transformers_wrapper_loads(tmp_path: Path, prefixed: 
         (source / "config.json").write_text(json.dumps(settings))
         wrapper = AutoModelForImageClassification.from_pretrained(source)
     wrapper.save_pretrained(tmp_path / "wrapper")
-    settings = json.loads((tmp_path / "wrapper/config.json").read_text())
-    settings.setdefault("pretrained_cfg", {"input_size": [3, 64, 64]})
-    (tmp_path / "wrapper/config.json").write_text(json.dumps(settings))
     backbone = load_backbone(tmp_path / "wrapper")
+    assert backbone.data_config["input_size"] == (3, 176, 176)
     torch.testing.assert_close(zoo.logits(backbone.model, zoo.images()), zoo.logits(wrapper, zoo.images()))
 
 
@@ -88,6 +86,21 @@ def test_a_new_image_size_and_channel_count_adapt_timm_weights_as_timm_does(tmp_
     again = load_backbone(tmp_path / "saved")
     assert again.data_config == backbone.data_config
     torch.testing.assert_close(zoo.logits(again.model, x), zoo.logits(direct, x))
+
+
+def test_a_size_that_timm_cannot_resample_to_is_refused(tmp_path: Path):
+    folder = zoo.timm_folder(tmp_path / "cait", "cait_xxs24_224", img_size=32, depth=1)
+    with pytest.raises(TransferError, match=r"cannot build 'cait_xxs24_224' with .*img_size=\[64, 64\].*pos_embed"):
+        load_backbone(folder, image_size=64)
+
+
+def test_a_network_that_fails_on_the_images_asked_for_is_refused(tmp_path: Path):
+    with pytest.raises(
+        TransferError, match=r"'torchvision/inception_v3' cannot take images of 3 x 32 x 32: .*[Kk]ernel"
+    ):
+        load_backbone("torchvision/inception_v3", labels=2, pretrained=False, image_size=32)
+    with pytest.raises(TransferError, match=r"cannot take images of 1 x 64 x 64"):  # built all the same
+        load_backbone("csatv2", labels=2, pretrained=False, in_chans=1, image_size=64)
 
 
 def test_one_channel_sums_the_pretrained_three(tmp_path: Path):
@@ -262,6 +275,20 @@ def test_random_weights_of_a_transformers_folder_differ_from_the_saved(tmp_path:
     name = "bert.encoder.layer.0.output.dense.weight"
     assert not torch.equal(saved.model.state_dict()[name], fresh.model.state_dict()[name])
     assert fresh.labels == saved.labels
+
+
+def test_a_byte_level_tokenizer_takes_words_for_token_classification(tmp_path: Path):
+    from tokenizers import pre_tokenizers
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+    letters = {letter: i for i, letter in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        letters[letter] = len(letters)
+    RobertaTokenizer(vocab=letters, merges=[]).save_pretrained(tmp_path)
+    RobertaModel(RobertaConfig(vocab_size=len(letters), **zoo.SIZES)).save_pretrained(tmp_path)
+    backbone = load_backbone(tmp_path, task="token-classification", labels=["O", "B"])
+    encoded = backbone.processor(["a", "bc"], is_split_into_words=True)
+    assert encoded.word_ids() == [None, 0, 0, 1, 1, 1, None]  # each word begins with a space
 
 
 def test_real_text_weights(shared):

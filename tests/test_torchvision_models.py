@@ -46,6 +46,21 @@ def test_it_saves_loads_and_is_fine_tuned_again_like_any_other(tmp_path: Path):
         torch.testing.assert_close(value, first.model.state_dict()[key])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_on_it_loads_again(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    load_backbone("torchvision/alexnet", labels=2, pretrained=False).save(tmp_path / "base")
+    backbone = load_backbone(tmp_path / "base", labels=["p", "q", "r"])
+    config = LoraConfig(target_modules=["classifier.4"], modules_to_save=["classifier.6"], init_lora_weights=False)
+    backbone.model = get_peft_model(backbone.model, config)
+    backbone.save(tmp_path / "adapter")
+    again = load_backbone(tmp_path / "adapter")
+    x = zoo.images(side=64)
+    assert again.labels == ["p", "q", "r"]
+    torch.testing.assert_close(zoo.logits(again.model, x), zoo.logits(backbone.model, x))
+
+
 def test_the_folder_brings_its_code(tmp_path: Path):
     load_backbone("torchvision/alexnet", labels=2, pretrained=False).save(tmp_path)
     code = (tmp_path / "torchvision_models.py").read_text()

@@ -214,9 +214,9 @@ def _side(
     """One domain's rows with exactly the columns of `features`."""
     dataset = add_example_id(dataset.with_format(None))
     ids = np.asarray(values(dataset, EXAMPLE_ID), dtype=np.int64) + first_id("train", domain)
-    bare = dataset.select_columns([old])
+    # The cast comes first: select_columns leaves blocks without columns, whose number of rows a cast forgets.
+    bare = dataset.cast_column(old, features[new]).select_columns([old])
     bare = bare if old == new else bare.rename_column(old, new)
-    bare = bare.cast_column(new, features[new])
     for name, column in (
         (label, labels), (EXAMPLE_ID, ids), (DOMAIN, np.full(len(dataset), domain, dtype=np.int64)),
     ):  # fmt: skip

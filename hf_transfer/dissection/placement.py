@@ -75,9 +75,9 @@ class _Position:
         piece = self._piece(owner)
         key = piece.rpartition(".")[2]
         i = bisect(self.blocks, self.at[name])
-        if i < len(self.blocks) and _OUTPUT.search(key):  # registered before the blocks that it follows
-            last = max(k for k in self.blocks if is_under(self.atoms[k], piece.rpartition(".")[0]))
-            i = len(self.blocks) if last == self.blocks[-1] else self.blocks.index(last) + 1
+        here = [k for k, at in enumerate(self.blocks) if is_under(self.atoms[at], piece.rpartition(".")[0])]
+        if _OUTPUT.search(key) and here and here[0] >= i:  # registered before the blocks that it follows
+            i = here[-1] + 1
         elif i == 0 or (self._feeds(piece) and (i == len(self.blocks) or not self.tree.linears(piece))):
             return STEM  # tables and norms of embeddings stand beside the blocks, wherever they were registered
         if i == len(self.blocks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -41,16 +42,14 @@ def timm_parts(tree: ModuleTree) -> Parts | None:
 
 def _matched(tree: ModuleTree, at: str, net: Any, classifier: str) -> tuple[list[str], list[list[str]]]:
     """Stem and blocks as timm's own matcher has them. What it sends to the tail, with the classifier, is left out."""
-    from timm.models import group_parameters
-
     matcher = net.group_matcher(coarse=False)
     if isinstance(matcher, dict):
         first = next(iter(matcher))
-        stem_of = {name: group == 0 for name, group in _grouped(group_parameters, net, at, {first: matcher[first]})}
+        stem_of = {name: group == 0 for name, group in _grouped(tree, at, net, {first: matcher[first]})}
         matcher = {key: _without_tail(spec) for key, spec in matcher.items()}
-        groups = dict(_grouped(group_parameters, net, at, matcher))
+        groups = dict(_grouped(tree, at, net, matcher))
     else:
-        groups = dict(_grouped(group_parameters, net, at, matcher))
+        groups = dict(_grouped(tree, at, net, matcher))
         stem_of = {name: group == 0 for name, group in groups.items()}
     tail = next(group for name, group in groups.items() if is_under(name, classifier))
     rows: dict[int, list[str]] = {}
@@ -71,9 +70,15 @@ def _stage_split(tree: ModuleTree, row: list[str]) -> list[list[str]]:
     return split if len(split) > 1 else [row]
 
 
-def _grouped(group_parameters: Any, net: Any, at: str, matcher: Any) -> list[tuple[str, int]]:
-    named = group_parameters(net, matcher, reverse=True)
-    return [(join(at, plain_name(name)), group) for name, group in named.items()]
+def _grouped(tree: ModuleTree, at: str, net: Any, matcher: Any) -> Iterator[tuple[str, int]]:
+    """timm's group of each parameter; an adapter's own are left out."""
+    from timm.models import group_parameters
+
+    parameters = {name for name in tree.atoms(at) if name not in tree.modules}
+    for wrapped, group in group_parameters(net, matcher, reverse=True).items():
+        name = join(at, plain_name(wrapped))
+        if name in parameters:
+            yield name, group
 
 
 def _without_tail(spec: Any) -> Any:

@@ -95,7 +95,7 @@ def check_output_folder(folder: str | os.PathLike[str], model: Any) -> None:
     path = folder / (f"{CONFIG_FOLDER}/config.json" if adapter else "config.json")
     if not adapter and not path.is_file():
         return
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    there = _read(path) if path.is_file() else {}
     mine = _config_of(model)
     reasons = []
     if adapter != isinstance(model, PeftModel):
@@ -110,6 +110,16 @@ def check_output_folder(folder: str | os.PathLike[str], model: Any) -> None:
             f"The output folder {str(folder)!r} holds another model: {'; '.join(reasons)}. Choose another folder, "
             "delete that one, or pass overwrite=True."
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TransferError(
+            f"{path} in the output folder is corrupt ({error}): what model it holds cannot be told. Choose another "
+            "folder, delete that one, or pass overwrite=True."
+        ) from error
 
 
 def _config_of(model: Any) -> dict[str, Any]:
@@ -156,7 +166,13 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         return
     from ..loading.timm_models import PREFIX
 
-    weights = {name.removeprefix(PREFIX): weight for name, weight in model.state_dict().items()}
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, weight in model.state_dict().items():
+        place = (weight.data_ptr(), weight.shape)
+        # Some families hold one layer by several names, and timm wants them all; safetensors refuses shared memory.
+        weights[name.removeprefix(PREFIX)] = weight.clone() if place in seen else weight
+        seen.add(place)
     model.save_pretrained(folder, state_dict=weights)
     _write_config(model, folder)
 

@@ -24,7 +24,7 @@ def staged(folder: str | os.PathLike[str], stale: tuple[str, ...] = ()) -> Itera
     Raises:
         TransferError: No space is left. The target is as it was before.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).expanduser().resolve()  # a link may lead to another file system
     existed = folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, not in the system's temporary folder: a rename must not cross file systems.

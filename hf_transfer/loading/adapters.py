@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
-from .image_sizes import own_channels, own_image_size
-from .repository import find_file
+from .image_sizes import image_shape
+from .repository import find_file, read_json
 from .request import Request
 from .transformers_models import label_names, resolve_task
 
@@ -73,7 +73,7 @@ def _base_request(request: Request) -> Request:
         names = label_names(config)
         wanted = replace(wanted, labels=tuple(names) if names else config.num_labels)
     if modality == "image":
-        size, channels = _image_shape(config)
+        channels, size = image_shape(config)
         wanted = replace(wanted, image_size=request.image_size or size, in_chans=request.in_chans or channels)
     return replace(wanted, task=task)
 
@@ -104,15 +104,10 @@ def _saved_config(request: Request) -> Any:
     """The configuration that we save with an adapter; None for adapters that peft saved by itself."""
     from transformers import AutoConfig
 
+    if read_json(request, f"{CONFIG_FOLDER}/config.json") is None:
+        return None
     path = find_file(request, f"{CONFIG_FOLDER}/config.json")
-    return None if path is None else AutoConfig.from_pretrained(str(path.parent))
-
-
-def _image_shape(config: Any) -> tuple[int | None, int]:
-    if config.model_type == "timm_wrapper":
-        channels, side, _ = config.pretrained_cfg["input_size"]
-        return side, channels
-    return own_image_size(config), own_channels(config)
+    return AutoConfig.from_pretrained(str(path.parent)) if path else None
 
 
 def _outputs_of_weights(request: Request) -> int | None:

@@ -35,7 +35,7 @@ def explained(name: str, suggestion: str = "") -> Iterator[None]:
 
 def missing_folder(name: str) -> TransferError:
     """The error for a path at which nothing lies, or a file."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return TransferError(f"{name!r} is a file. Pass the folder that holds config.json and the weights.")
     near = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
@@ -48,12 +48,12 @@ def missing_folder(name: str) -> TransferError:
 
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a path: a Hub id has at most one slash and starts with a letter or digit."""
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
+    return name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
 
 
 def _explanation(error: BaseException, name: str, suggestion: str) -> str:
     chain = list(_chain(error))
-    local = Path(name).expanduser().is_dir()
+    local = Path(name).is_dir()
     explanation = None if local else _of_the_hub(chain, name, suggestion)
     explanation = explanation or _of_the_files(chain, name, local)
     return explanation or f"{name!r} did not load: {_first_line(error)}{suggestion}"

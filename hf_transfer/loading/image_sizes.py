@@ -33,6 +33,14 @@ def own_channels(config: PretrainedConfig) -> int:
     return getattr(vision_config(config), "num_channels", 3)
 
 
+def image_shape(config: PretrainedConfig) -> tuple[int, int | None]:
+    """Channels, and side in pixels where it is known, of the images that a configuration of any library is for."""
+    if config.model_type == "timm_wrapper":
+        channels, side, _ = config.pretrained_cfg["input_size"]
+        return channels, side
+    return own_channels(config), own_image_size(config)
+
+
 def resize_transformers(model: PreTrainedModel, request: Request) -> PreTrainedModel:
     """Returns the model rebuilt for the requested image size and channels, or the model itself where they are its own.
 
@@ -61,7 +69,7 @@ def resize_transformers(model: PreTrainedModel, request: Request) -> PreTrainedM
     resized.config._name_or_path = model.config._name_or_path
     resized.name_or_path = model.name_or_path
     resized.fresh_parameters = tuple(sorted({*getattr(model, "fresh_parameters", ()), *changed}))
-    return resized.train(model.training)
+    return resized.to(model.device).eval()
 
 
 def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> list[str]:

@@ -42,7 +42,7 @@ def _is_cached(request: Request) -> bool:
 
 
 def read_json(request: Request, filename: str) -> dict[str, Any] | None:
-    """The content of a JSON file of the folder or repository; None where it has no such file.
+    """The content of a configuration of the folder or repository; None where it has no such file.
 
     Raises:
         TransferError: A folder holds neither a model nor an adapter, or the file is not JSON.
@@ -52,7 +52,12 @@ def read_json(request: Request, filename: str) -> dict[str, Any] | None:
         if request.folder is not None and not (request.folder / "adapter_config.json").is_file():
             raise _no_model(request.folder)
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") == "torchvision_classifier":
+        from .. import (
+            torchvision_models as torchvision_models,
+        )  # registers its classes, so that no code need be trusted
+    return config
 
 
 def _no_model(folder: Path) -> TransferError:

@@ -89,7 +89,7 @@ class Request:
     @property
     def folder(self) -> Path | None:
         """The local folder that the name is, if it is one."""
-        path = Path(self.name).expanduser()
+        path = Path(self.name)
         return path if path.is_dir() else None
 
     @property

@@ -86,6 +86,7 @@ def load(request: Request) -> tuple[Any, str]:
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     config: Any = TimmWrapperConfig.from_pretrained(request.name, **request.hub_options)
+    config.pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}  # absent where transformers made the model
     saved = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
     config.model_args = {**saved, **_overrides(request)}
     task = _label(config, request)
@@ -159,7 +160,8 @@ def _building(name: str, arguments: dict[str, Any], kinds: tuple[type[Exception]
         yield
     except kinds as error:
         said = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its defaults"
-        raise TransferError(f"timm cannot build {name!r} with {said}: {error}") from error
+        why = " ".join(str(error).split())[:300]
+        raise TransferError(f"timm cannot build {name!r} with {said}: {why}") from error
 
 
 def _arguments(config: Any, request: Request) -> dict[str, Any]:

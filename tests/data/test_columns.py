@@ -78,9 +78,7 @@ def test_whole_numbers_are_quantities_when_asked():
 
 def test_another_task_than_the_columns_say_is_refused():
     assert infer(dataset(text=STRING, label=INT), task="text-classification").task == "text-classification"
-    with pytest.raises(
-        TransferError, match=r"task='text-classification', but .*'label' \(float32\) are data for regr"
-    ):
+    with pytest.raises(TransferError, match=r"but .* label 'label' \(float32\) are data for regression"):
         infer(dataset(text=STRING, label=FLOAT), task="text-classification")
     with pytest.raises(TransferError, match=r"task='segmentation', but .* are data for image-classification"):
         infer(dataset(image=Image(), label=CLASSES), task="segmentation")

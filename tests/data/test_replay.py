@@ -59,8 +59,9 @@ def test_global_state_is_put_back_when_a_row_fails():
     assert states() == before
 
 
-def test_an_epoch_can_be_replayed_and_differs_from_the_next(image_rows):
-    prepared = prepare_train(image_rows(), FakeBackbone())
+@pytest.mark.parametrize("augment", ["light", "noise"])  # drawn before and after normalisation
+def test_an_epoch_can_be_replayed_and_differs_from_the_next(image_rows, augment):
+    prepared = prepare_train(image_rows(), FakeBackbone(), augment=augment)
     counter = dataset_epoch(prepared)
     first = pixels(prepared)
     counter.set(1)

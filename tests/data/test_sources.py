@@ -197,6 +197,12 @@ def test_held_out_rows_are_stratified_seeded_disjoint_and_never_of_test():
     assert ids(data, "validation") != ids(load_data(splits, validation=0.2, seed=1), "validation")
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_one_row_is_not_held_out(seed):
+    data = load_data(texts(["rare"] + ["a", "b"] * 10), validation=0.4, seed=seed)
+    assert set(data.splits["train"]["label"]) == {0, 1, 2}
+
+
 def test_held_out_rows_do_not_depend_on_the_subset_trained_on():
     splits = {"train": texts(["a", "b"] * 50)}
     assert ids(load_data(splits), "validation") == ids(load_data(splits, max_train_samples=10), "validation")

@@ -11,6 +11,7 @@ import backbone_zoo as zoo
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from hf_transfer import TransferError
 from hf_transfer.backbones import load_backbone
@@ -160,6 +161,15 @@ def test_a_wrapper_made_by_hand_is_described_by_its_network(tmp_path: Path):
     assert load_backbone(tmp_path / "run").data_config["input_size"] == (3, 224, 224)
 
 
+def test_a_layer_held_by_several_names_is_saved_under_each(tmp_path: Path):
+    import timm
+
+    backbone = load_backbone("coat_tiny", labels=2, pretrained=False, image_size=32)
+    backbone.save(tmp_path / "run")
+    direct = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    torch.testing.assert_close(zoo.logits(direct, zoo.images()), zoo.logits(backbone.model, zoo.images()))
+
+
 def test_a_wrapped_or_compiled_model_saves_as_the_model_itself(tmp_path: Path):
     backbone = load_backbone(zoo.bert_folder(tmp_path / "base"))
     bundle.save(torch.compile(backbone.model, backend="eager"), tmp_path / "run")
@@ -277,15 +287,20 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["weights", "first rename", "later rename"])
+def full_disk_in_safetensors(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("where", ["weights", "safetensors", "first rename", "later rename"])
 def test_a_full_disk_leaves_what_was_there_whole(tmp_path: Path, monkeypatch, where: str):
     backbone = load_backbone(zoo.bert_folder(tmp_path / "base"))
     backbone.save(tmp_path / "run")
     (tmp_path / "run/notes.txt").write_text("mine")
     before = contents(tmp_path / "run")
     zoo.randomized(backbone.model, seed=5)
-    if where == "weights":
-        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
+    if where in ("weights", "safetensors"):
+        failure = full_disk if where == "weights" else full_disk_in_safetensors
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", failure)
     else:
         rename, calls = os.replace, []
 
@@ -343,6 +358,24 @@ def test_a_folder_holding_another_model_is_refused(tmp_path: Path):
         with pytest.raises(TransferError, match=f"holds another model: .*{reason}.*overwrite=True"):
             bundle.save(model, tmp_path / "run")
     assert load_backbone(tmp_path / "run").labels == ["good", "bad", "fair"]
+
+
+def test_a_broken_configuration_in_the_output_folder(tmp_path: Path):
+    backbone = load_backbone(zoo.bert_folder(tmp_path / "base"))
+    backbone.save(tmp_path / "run")
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(TransferError, match=r"config\.json in the output folder is corrupt.*overwrite=True"):
+        backbone.save(tmp_path / "run")
+    backbone.save(tmp_path / "run", overwrite=True)
+    assert load_backbone(tmp_path / "run").labels == ["good", "bad", "fair"]
+
+
+def test_a_linked_folder_is_saved_where_the_link_leads(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    load_backbone(zoo.bert_folder(tmp_path / "base")).save(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink()
+    assert (tmp_path / "disk/model.safetensors").is_file()
 
 
 def test_another_timm_architecture_is_another_model(tmp_path: Path):

@@ -53,7 +53,9 @@ def rows(modality: str) -> Dataset:
 def terms(name: str) -> list:
     """The terms by name; `dann` owns a discriminator, `none` leaves the model's own loss."""
     torch.manual_seed(2)
-    return [CrossEntropy(), DANN(weight=0.5, schedule=lambda progress: 0.7), L2SP(weight=0.1)] if name == "dann" else []
+    return (
+        [CrossEntropy(), DANN(weight=0.5, schedule=lambda progress: 0.7), L2SP(weight=0.1)] if name == "dann" else []
+    )
 
 
 def gradient(modality: str, objectives: str, batch: int, accumulation: int) -> dict:
