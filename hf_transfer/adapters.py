@@ -88,6 +88,8 @@ def _is_followed(module: nn.Module) -> bool:
         return plain and module.groups == 1 and set(module.dilation) == {1} and not parametrize.is_parametrized(module)
     if isinstance(module, nn.MultiheadAttention):
         return bool(module._qkv_same_embed_dim)
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return False  # a mixture's router, say, which returns more than the product
     return not parametrize.is_parametrized(module)
 
 

@@ -11,8 +11,6 @@ PREFIX = "checkpoint"  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR, witho
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` in a folder that was saved whole.
 
-    The Trainer writes trainer_state.json last; a checkpoint without a readable one was cut short.
-
     Args:
         folder: An output folder; may be missing.
 
@@ -22,14 +20,19 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     steps = {}
     for path in Path(folder).glob(f"{PREFIX}-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and _is_json(path / "trainer_state.json"):
+        if number.isdigit() and is_complete_checkpoint(path):
             steps[int(number)] = str(path)
     return steps[max(steps)] if steps else None
 
 
-def _is_json(path: Path) -> bool:
+def is_complete_checkpoint(folder: str | Path) -> bool:
+    """Whether a checkpoint was saved whole: the Trainer writes trainer_state.json last, so it is there, and readable.
+
+    Args:
+        folder: The checkpoint's folder; may be missing.
+    """
     try:
-        json.loads(path.read_text())
+        json.loads((Path(folder) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
     return True

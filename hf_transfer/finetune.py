@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINER_SEED = 42  # TrainingArguments' own default
-_TOLD_ELSEWHERE = ("model", "dataset", "tuning", "task", "pretrained")  # in results.json, beside the options
 
 
 @dataclass
@@ -67,20 +66,28 @@ class Result:
 
         write_run(Path(folder), self.backbone, self.facts)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
         """Uploads the run folder as a model repository.
 
         Args:
             repo_id: `user/name`.
             private: Whether a new repository is private; the account's default if None.
             token: A write token; the stored login if None.
+            revision: The branch; `main` if None.
 
         Returns:
             The address of the commit.
         """
         from .hub.push import push
 
-        return push(self.folder, repo_id, private=private, token=token)
+        return push(self.folder, repo_id, private=private, token=token, revision=revision)
 
 
 def finetune(
@@ -102,7 +109,9 @@ def finetune(
         objectives: The terms to minimise; by default the task's own (cross-entropy, or MSE for regression).
         output_dir: The run folder.
         **options: Any field of RunConfig (image_size, max_train_samples, ...) or TransferConfig (learning_rate, ...).
-            What is not given takes the recommended value for this modality and tuning (recommended.py).
+            What is not given takes the recommended value for this modality and tuning (recommended.py). With
+            `push_to_hub` the finished run folder is uploaded once, at the end, to `hub_model_id` (by default the
+            folder's name, in the token's account).
 
     Returns:
         The Result.
@@ -111,10 +120,14 @@ def finetune(
         TransferError: For bad input, before any training.
     """
     from .data.sources import load_data
+    from .phases import train_in_phases
     from .plans import plan
+    from .run_folder import run_facts
+    from .starting_points import starting_backbone
 
     started = time.time()
     run, training = _split_options(model, dataset, tuning, {**options, "output_dir": str(output_dir)})
+    chosen = _tuning(tuning, run)
     seed = training.get("seed", TRAINER_SEED)
     data = load_data(
         dataset,
@@ -126,21 +139,68 @@ def finetune(
         validation=run.validation,
         seed=seed,
     )
-    backbone = _backbone(model, run, data, seed)
-    steps = _tuning_steps(tuning, run, backbone)
-    args = _arguments(training, backbone, run, data)
+    backbone = starting_backbone(model, run, data, adapt=_makes_adapter(chosen), seed=seed)
+    used = {**training_defaults(backbone.modality, run.tuning), **training}
+    args = _arguments(used, data)
+    _log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})
+    terms = _default_terms(backbone, data, run, args) if objectives is None else _given_terms(objectives, run)
     prepared = _prepare(data, backbone, run, args)
-    terms = [default_objective(backbone, data, run, args)] if objectives is None else list(objectives)
-    trainer, history, train_seconds = _train(backbone, steps, args, prepared, terms, run)
-    metrics = _evaluate(trainer, prepared)
+    steps = chosen.phases(backbone.model)
+    backbone.model = cast(Any, steps[0].apply(backbone.model))
+    publish = _check_output(args, backbone)
+    done = train_in_phases(backbone, steps, args, lambda phase: _trainer(backbone, phase, prepared, terms, run))
+    metrics = _evaluate(done.trainer, prepared)
     rates = {name: getattr(args, name) for name in ("learning_rate", "head_learning_rate", "layer_decay")}
-    result = Result(backbone, metrics, history, plan(backbone.model, **rates), {}, Path(args.output_dir))
-    result.facts = _facts(run, args, training, data, result, trainer)
-    result.facts["seconds"] = {"train": round(train_seconds, 1), "total": round(time.time() - started, 1)}
-    if trainer.is_world_process_zero():
+    trained = plan(backbone.model, **rates)
+    facts = {
+        **run_facts(run, args, used, data, prepared),
+        "tuning_settings": str(chosen),
+        "objectives": [term.name for term in terms],
+        "trainable_parameters": trained.trainable,
+        "total_parameters": trained.total,
+        "metrics": metrics,
+        "steps": done.steps,
+        "seconds": {"train": round(done.seconds, 1), "total": round(time.time() - started, 1)},
+    }
+    result = Result(backbone, metrics, done.history, trained, facts, Path(args.output_dir))
+    if done.trainer.is_world_process_zero():
         result.save(result.folder)
-    trainer.accelerator.wait_for_everyone()
+    done.trainer.accelerator.wait_for_everyone()
+    if publish and done.trainer.is_world_process_zero():
+        private, token, revision = args.hub_private_repo, args.hub_token, args.hub_revision
+        result.push_to_hub(_repository(args), private=private, token=token, revision=revision)
     return result
+
+
+def _tuning(tuning: str | Tuning, run: RunConfig) -> Tuning:
+    from .tuning import tuning_from_name
+
+    if isinstance(tuning, str):
+        chosen = tuning_from_name(tuning, train_blocks=run.train_blocks, lora_r=run.lora_r)
+    elif run.train_blocks is not None or run.lora_r is not None:
+        raise TransferError(f"train_blocks and lora_r go with a tuning's name; {tuning} has its own: leave them out.")
+    else:
+        chosen = tuning
+    if _makes_adapter(chosen) and not run.pretrained:
+        raise TransferError(
+            f"tuning={run.tuning!r} saves an adapter without its base, and with pretrained=False the base is random "
+            "weights that are saved nowhere. Train those whole (tuning='full'), or save them first: "
+            "load_backbone(..., pretrained=False).save(folder)."
+        )
+    return chosen
+
+
+def _makes_adapter(tuning: Tuning) -> bool:
+    from .tuning import LoRA, Peft
+
+    return isinstance(tuning, (LoRA, Peft))
+
+
+def _name_of(tuning: Tuning) -> str:
+    """The name by which recipes know a kind of tuning, its class's for others."""
+    from .tuning import TUNINGS, tuning_from_name
+
+    return next((name for name in TUNINGS if type(tuning_from_name(name)) is type(tuning)), type(tuning).__name__)
 
 
 def _split_options(model: Any, dataset: Any, tuning: Any, options: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
@@ -156,56 +216,66 @@ def _split_options(model: Any, dataset: Any, tuning: Any, options: dict[str, Any
     run = RunConfig(
         model=str(getattr(model, "name", model)) if not isinstance(model, (str, Path)) else str(model),
         dataset=str(dataset) if isinstance(dataset, (str, Path)) else "data in memory",
-        tuning=tuning if isinstance(tuning, str) else type(tuning).__name__,
+        tuning=tuning if isinstance(tuning, str) else _name_of(tuning),
         **{name: value for name, value in options.items() if name in own},
     )
     return run, {name: value for name, value in options.items() if name not in own}
 
 
-def _backbone(model: Any, run: RunConfig, data: Data, seed: int) -> Backbone:
-    """Loads the backbone for the data's labels; one that was loaded before must already know them."""
-    from transformers import set_seed
-
-    from .backbones import load_backbone
-    from .data.columns import check_fits
-
-    if isinstance(model, (str, Path)):
-        set_seed(seed)  # a new head is drawn at random
-        task = run.task or data.columns.task
-        labels = data.labels if data.labels is not None else data.outputs
-        model = load_backbone(model, labels=labels, task=task, pretrained=run.pretrained, image_size=run.image_size)
-    elif data.labels is not None and list(model.labels or ()) != list(data.labels):
-        unknown = sorted(set(data.labels) - set(model.labels or ()))
-        raise TransferError(
-            f"The data's labels {data.labels} are not the model's {model.labels}"
-            + (f": {unknown} are not in the model" if unknown else ", in this order")
-            + ". Load the backbone with load_backbone(..., labels=data.labels)."
-        )
-    check_fits(model.modality, data.columns)
-    return model
-
-
-def _tuning_steps(tuning: str | Tuning, run: RunConfig, backbone: Backbone) -> list[Tuning]:
-    """The tunings to apply one after the other: one, or the phases of gradual unfreezing."""
-    from .tuning import tuning_from_name
-
-    if isinstance(tuning, str):
-        tuning = tuning_from_name(tuning, train_blocks=run.train_blocks, lora_r=run.lora_r)
-    return tuning.phases(backbone.model)
-
-
-def _arguments(training: dict[str, Any], backbone: Backbone, run: RunConfig, data: Data) -> TransferConfig:
-    from .hub.bundle import check_output_folder
+def _arguments(used: dict[str, Any], data: Data) -> TransferConfig:
     from .transfer_config import TransferConfig
 
-    defaults = training_defaults(backbone.modality, run.tuning)
     if "validation" not in data.splits:
-        defaults["eval_strategy"] = "no"
-    args = TransferConfig(**{**defaults, **training})
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if used.get(name):
+                raise TransferError(f"{name} needs a validation split, and there is none: {data.selection}.")
+        used["eval_strategy"] = "no"
+    try:
+        args = TransferConfig(**used)
+    except ValueError as error:  # TrainingArguments' own checks
+        raise TransferError(str(error)) from error
     args.batch_eval_metrics = True  # the metrics read a batch at a time; memory stays flat
-    if args.resume_from_checkpoint is None:
-        check_output_folder(args.output_dir, backbone.model)
     return args
+
+
+def _log_choices(run: RunConfig, backbone: Backbone, args: TransferConfig, recommended: Mapping[str, Any]) -> None:
+    """Says what nobody asked for by name: recommended arguments, rows a step, the numbers of the classes."""
+    from .freezing import shortened
+
+    chosen = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
+    logger.info("Recommended for %s with tuning %r: %s", backbone.modality, run.tuning, chosen or "nothing")
+    sizes = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    logger.info("%d rows a step: %d a process, accumulated %d times, processes %d", math.prod(sizes), *sizes)
+    if backbone.labels:
+        names = [f"{number} {name}" for number, name in enumerate(backbone.labels)]
+        logger.info("Labels: %s", ", ".join(shortened(names)))
+
+
+def _check_output(args: TransferConfig, backbone: Backbone) -> bool:
+    """Whether the tuned model can be saved, and pushed if that is asked for. Returns whether it is.
+
+    From here on the Trainer does not know of it: it would create the repository now, and push every checkpoint with a
+    card of its own.
+    """
+    from .hub.bundle import check_output_folder
+    from .hub.push import check_push
+
+    check_output_folder(args.output_dir, backbone.model)
+    if not args.push_to_hub:
+        return False
+    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))  # by default "every_save"
+    if strategy not in ("end", "every_save") or args.hub_always_push:
+        raise TransferError(
+            f"hub_strategy={strategy!r} with hub_always_push={args.hub_always_push}: the finished run is pushed "
+            "once, at the end. Leave hub_strategy and hub_always_push out."
+        )
+    check_push(_repository(args), token=args.hub_token, model=backbone.model)
+    args.push_to_hub = False
+    return True
+
+
+def _repository(args: TransferConfig) -> str:
+    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 def _prepare(data: Data, backbone: Backbone, run: RunConfig, args: TransferConfig) -> dict[str, Any]:
@@ -228,68 +298,30 @@ def _prepare(data: Data, backbone: Backbone, run: RunConfig, args: TransferConfi
         }
 
 
-def default_objective(backbone: Backbone, data: Data, run: RunConfig, args: TransferConfig) -> Objective:
+def _default_terms(backbone: Backbone, data: Data, run: RunConfig, args: TransferConfig) -> list[Objective]:
     """The task's own loss: cross-entropy (label-smoothed, class-weighted as asked), or MSE for regression."""
     from .data.sampling import class_weights
     from .objectives import MSE, CrossEntropy
 
-    if backbone.task == "regression":
-        return MSE()
-    smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0  # the term takes it over
     weights = None
+    smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0  # the term takes it over
+    if data.labels is None and (run.class_weights or smoothing):
+        name = "class_weights" if run.class_weights else "label_smoothing_factor"
+        raise TransferError(f"{name} is for data with classes; this is data for {data.columns.task}. Leave it out.")
+    if backbone.task == "regression":
+        return [MSE()]
     if run.class_weights == "balanced":
         weights = class_weights(data.splits["train"][data.columns.label], len(data.labels or ()))
-    return CrossEntropy(label_smoothing=smoothing, class_weights=weights, shift=backbone.task == "causal-lm")
+    return [CrossEntropy(label_smoothing=smoothing, class_weights=weights, shift=backbone.task == "causal-lm")]
 
 
-def _train(
-    backbone: Backbone,
-    steps: Sequence[Tuning],
-    args: TransferConfig,
-    prepared: dict[str, Any],
-    terms: Sequence[Objective],
-    run: RunConfig,
-) -> tuple[TransferTrainer, list[dict[str, Any]], float]:
-    """Trains each tuning with a Trainer of its own; several (gradual unfreezing) share the epochs.
-
-    Returns:
-        The last Trainer, the log of all, and the seconds spent training.
-    """
-    history: list[dict[str, Any]] = []
-    seconds = 0.0
-    for number, step in enumerate(steps, start=1):
-        backbone.model = cast(Any, step.apply(backbone.model))
-        phase = args if len(steps) == 1 else _phase(args, number, len(steps))
-        trainer = _trainer(backbone, phase, prepared, terms, run)
-        seconds += trainer.train(_checkpoint(args, phase, first=number == 1)).metrics["train_runtime"]
-        history += trainer.state.log_history
-    return trainer, history, seconds
-
-
-def _phase(args: TransferConfig, number: int, phases: int) -> TransferConfig:
-    """The arguments of one phase: its share of the training, its own folder of checkpoints."""
-    phase = copy(args)
-    phase.output_dir = str(Path(args.output_dir) / f"phase-{number}")
-    phase.num_train_epochs = args.num_train_epochs / phases
-    phase.max_steps = max(1, args.max_steps // phases) if args.max_steps > 0 else args.max_steps
-    return phase
-
-
-def _checkpoint(args: TransferConfig, phase: TransferConfig, *, first: bool) -> str | None:
-    """Where to resume: a folder that was named, or with "true" the last whole checkpoint (of this phase, if any)."""
-    from .checkpoints import last_complete_checkpoint
-
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() != "true":
-        return str(asked) if first else None
-    found = last_complete_checkpoint(phase.output_dir)
-    if found is None and first:
+def _given_terms(objectives: Sequence[Objective], run: RunConfig) -> list[Objective]:
+    if run.class_weights:
         raise TransferError(
-            f"resume_from_checkpoint: no whole checkpoint in {phase.output_dir!r}. Train anew without it."
+            "class_weights does not reach explicit objectives: pass CrossEntropy(class_weights=...) among them; "
+            "hf_transfer.data.sampling.class_weights(labels, n) gives the balanced ones."
         )
-    return found
+    return list(objectives)
 
 
 def _trainer(
@@ -311,10 +343,6 @@ def _trainer(
     )
 
 
-def _is_set(run: RunConfig, option: Field) -> bool:
-    return option.name not in _TOLD_ELSEWHERE and getattr(run, option.name) != option.default
-
-
 def _evaluate(trainer: TransferTrainer, prepared: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Metrics of the final model by split, without the Trainer's timings."""
     metrics: dict[str, dict[str, float]] = {}
@@ -325,45 +353,3 @@ def _evaluate(trainer: TransferTrainer, prepared: dict[str, Any]) -> dict[str, d
             timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
             metrics[split] = {name: value for name, value in named.items() if name not in timings}
     return metrics
-
-
-def selection_rule(args: TransferConfig, data: Data) -> str:
-    """How the evaluated weights were chosen, in words."""
-    if not args.load_best_model_at_end:
-        return f"last step; nothing was selected ({data.selection})"
-    return f"best {args.metric_for_best_model} on validation ({data.selection})"
-
-
-def _facts(
-    run: RunConfig,
-    args: TransferConfig,
-    training: dict[str, Any],
-    data: Data,
-    result: Result,
-    trainer: TransferTrainer,
-) -> dict[str, Any]:
-    """What results.json holds."""
-    from .hub.leaks import shown_name
-    from .run_folder import library_versions
-
-    used = {**training_defaults(result.backbone.modality, run.tuning), **training}
-    kept = {"num_train_epochs": args.num_train_epochs, **{name: getattr(args, name, None) for name in used}}
-    local = ("output_dir", "hub_token", "report_to", "resume_from_checkpoint", "push_to_hub")
-    return {
-        "model": shown_name(run.model),
-        "pretrained": run.pretrained,
-        "task": result.backbone.task,
-        "tuning": run.tuning,
-        "metrics": result.metrics,
-        "selection": selection_rule(args, data),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-        "counts": {split: len(rows) for split, rows in data.splits.items()},
-        "trainable_parameters": result.plan.trainable,
-        "total_parameters": result.plan.total,
-        "steps": trainer.state.global_step,
-        "processes": args.world_size,
-        "seed": args.seed,
-        "options": {f.name: getattr(run, f.name) for f in fields(run) if _is_set(run, f)},
-        "training_arguments": {name: value for name, value in kept.items() if name not in local},
-        "versions": library_versions(),
-    }

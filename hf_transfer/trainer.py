@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from ._torchvision import make_torchvision_importable
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "transfer_state.pt"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(TransferError):
     """The training loss became NaN or infinite; training stopped before the weights were touched."""
 
 
@@ -72,12 +73,18 @@ class TransferTrainer(Trainer):
         self._counts: dict[str, Tensor] | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._terms_logged_at = 0
+        self._evaluated: Any = None  # the dataset whose loader the Trainer keeps
         super().__init__(*args, **kwargs)
         self.objectives = list(objectives or ())
         if self.objectives:
             self._take_objectives()
         elif _averages_its_own_loss(self.model):
             self.model_accepts_loss_kwargs = False
+        if (self._option("sampling") or "random") != "random" and isinstance(self.train_dataset, IterableDataset):
+            raise TransferError(
+                f"sampling={self.args.sampling!r} needs a dataset with a length, and this one streams: balance it "
+                "where it is made, or load it without streaming."
+            )
         self._add_own_callbacks()
 
     def _add_own_callbacks(self) -> None:
@@ -116,6 +123,13 @@ class TransferTrainer(Trainer):
         """Made with the model as it starts, before a checkpoint is loaded: terms may remember the starting weights."""
         self.learner = Learner(self.model, self.objectives, _anatomy(self.model))
         self.learner.objectives.to(self.args.device)
+        if self.optimizer is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            if any(p.requires_grad and id(p) not in held for p in self.learner.objectives.parameters()):
+                raise TransferError(
+                    "The optimizer that was passed does not hold the parameters that the objectives own: they would "
+                    "never train. Pass optimizer_cls_and_kwargs=(class, options) instead, or set `optim`."
+                )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not any(p.requires_grad for p in self.model.parameters()):
@@ -124,7 +138,7 @@ class TransferTrainer(Trainer):
             from .weights import ExponentialAverage
 
             self.ema = ExponentialAverage(self.model, self.args.ema_decay)
-        self._terms_logged_at = self.state.global_step
+        self._term_sums, self._terms_logged_at = {}, self.state.global_step
         self._log_plan()
         if self.learner is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -190,6 +204,7 @@ class TransferTrainer(Trainer):
         """Also counts, over all processes, the items of each term in the batches about to be accumulated."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.learner is not None and samples:
+            self.learner.train()  # an evaluation may have come between; terms count more in training
             self._counts = self._counts_over_processes(samples)
         return samples, items
 
@@ -258,13 +273,15 @@ class TransferTrainer(Trainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the Trainer's; a dataset that is handed in never gets the persistent workers of another.
+        """As the Trainer's; a dataset never gets the persistent workers of another.
 
         The Trainer keeps every loader under the key "eval" (https://github.com/huggingface/transformers, trainer.py,
         get_eval_dataloader). Delete this when it keeps them by dataset.
         """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, str) and dataset is not self._evaluated:
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+            self._evaluated = dataset
         return super().get_eval_dataloader(eval_dataset)
 
     # ---- data -------------------------------------------------------------------------------------------------------
@@ -325,8 +342,10 @@ class TransferTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise TransferError(f"No complete checkpoint to resume from in {self.args.output_dir!r}: train anew.")
-        self._term_sums = {}
+                raise TransferError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none there was saved "
+                    "whole. Train anew, or name the checkpoint."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -355,7 +374,8 @@ class TransferTrainer(Trainer):
         from .hub import bundle
 
         folder = Path(output_dir or self.args.output_dir)
-        bundle.save(self.model, folder, processor=self.processing_class)
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        bundle.save(self.model, folder, processor=processor, overwrite=True)  # a run may write a checkpoint again
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         return None
 
@@ -378,7 +398,7 @@ class TransferTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not (Path(checkpoint) / STATE_FILE).is_file():
             return
-        state = torch.load(Path(checkpoint) / STATE_FILE, map_location=self.args.device, weights_only=True)
+        state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
         user_model = self.learner.model if self.learner is not None else self.model
         if self.learner is not None:
             self.learner.objectives.load_state_dict(state["objectives"])
@@ -415,7 +435,8 @@ class TransferTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.ema is not None:
-            state = torch.load(Path(str(self.state.best_model_checkpoint)) / STATE_FILE, weights_only=True)
+            path = Path(str(self.state.best_model_checkpoint)) / STATE_FILE
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.ema.load_state_dict(state["ema"])
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -67,6 +67,8 @@ class TransferConfig(TrainingArguments):
         check("ema_decay", 0 < (self.ema_decay or 0) < 1, "in (0, 1), for example 0.999")
         check("early_stopping_patience", (self.early_stopping_patience or 0) >= 1, "a whole number from 1")
         check("sampling", self.sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}")
+        if self.ema_decay is not None and self.save_only_model:
+            raise TransferError("ema_decay needs save_only_model=False: a checkpoint's model is not the average.")
         evaluations = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         if self.early_stopping_patience is not None and evaluations == "no":
             raise TransferError("early_stopping_patience needs evaluations: set eval_strategy to 'epoch' or 'steps'.")

@@ -10,7 +10,9 @@ that impossible (Ganin et al. 2016, arXiv:1505.07818). No target label is used, 
 the model of the last step is scored on USPS's test split.
 """
 
+import json
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
 from statistics import mean, stdev
 
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def train(source, target, objectives, seed: int, options) -> float:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            logging_steps=options.max_steps // 10,
+            logging_steps=max(options.max_steps // 10, 1),
             seed=seed,
         ),
         train_dataset=prepare(mixed, backbone, source.columns, train=True, augment="none", seed=seed),
@@ -85,18 +87,23 @@ def main() -> None:
     options = parser.parse_args()
 
     source, target = load_data(options.source, validation=0), load_data(options.target, validation=0)
+    found: dict[str, list[float]] = {}
     methods = {
         "source only": lambda: [CrossEntropy()],
         "DANN": lambda: [CrossEntropy(), DANN(weight=options.dann_weight)],
     }
     for name, terms in methods.items():
-        scores = [100 * train(source, target, terms(), seed, options) for seed in options.seeds]
+        scores = found[name] = [100 * train(source, target, terms(), seed, options) for seed in options.seeds]
         spread = f" +- {stdev(scores):.1f}" if len(scores) > 1 else ""
         if is_first_process():
             each = ", ".join(f"{score:.1f}" for score in scores)
             print(
                 f"{name:12} {mean(scores):.1f}{spread} % of the target's test split  (seeds {options.seeds}: {each})"
             )
+    if is_first_process():
+        facts = {"scores": found, "seeds": options.seeds, "max_steps": options.max_steps, "dann": options.dann_weight}
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(options.output_dir) / "results.json").write_text(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":

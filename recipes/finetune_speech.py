@@ -1,8 +1,9 @@
 """Fine-tune an audio classifier: by default wav2vec 2.0 on the intents of MInDS-14; any audio encoder, any sounds.
 
     accelerate launch recipes/finetune_speech.py
-    python recipes/finetune_speech.py --model path/to/audio/model --dataset ../shared/data/spoken_digits
-    python recipes/finetune_speech.py --dataset path/to/sounds_by_class --max_length 3 --tuning partial
+    python recipes/finetune_speech.py --model path/to/audio/model --dataset ../shared/data/spoken_digits \
+        --label_column label
+    python recipes/finetune_speech.py --dataset path/to/train_and_test_parquet --label_column label --max_length 3
 
 Sounds are resampled to the model's rate; --max_length is in seconds. Needs the extra: pip install
 "hf-transfer-learning[audio]". As in every recipe, what no flag and no YAML file (--config) says takes a recommended

@@ -70,7 +70,11 @@ def test_a_second_fine_tune_has_its_own_labels(tmp_path: Path):
     again = load_backbone(tmp_path / "c")
     assert again.labels == ["x", "y"]
     assert json.loads((tmp_path / "c/config.json").read_text())["label_names"] == ["x", "y"]
+    again.model.save_pretrained(tmp_path / "stock")  # as transformers' own Trainer would
+    assert load_backbone(tmp_path / "stock").labels == ["x", "y"]
     renamed = load_backbone(tmp_path / "c", labels=["p", "q"])  # as many: the head stays
+    renamed.model.save_pretrained(tmp_path / "stock")
+    assert load_backbone(tmp_path / "stock").labels == ["p", "q"]
     torch.testing.assert_close(zoo.logits(renamed.model, zoo.images()), zoo.logits(again.model, zoo.images()))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-# module of timm.models -> its smallest member. The image side is 32 where SIDES does not say otherwise.
+# Module of timm.models -> its smallest member that takes small images: of side 32, where SIDES says nothing else.
 TIMM_FAMILIES: dict[str, str] = {
     "beit": "beit_base_patch16_224",
-    "byoanet": "halonet_h1",
+    "byoanet": "lambda_resnet26t",
     "byobnet": "test_byobnet",
     "cait": "cait_xxs24_224",
     "coat": "coat_tiny",
@@ -113,7 +113,6 @@ SIDES = {  # the smallest that the network takes
     "csatv2": 64,
     "deepseek_vit": 126,
     "efficientformer": 224,  # no img_size argument, tables of positions for 7 x 7
-    "byoanet": 256,  # halo attention in blocks of 8 at stride 32
     "inception_resnet_v2": 96,
     "inception_v3": 96,
     "inception_v4": 96,

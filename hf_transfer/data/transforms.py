@@ -61,6 +61,10 @@ def prepare(
         raise TransferError("prepare() was given a split without rows.")
     if columns.modality != "image":
         _refuse_image_options(columns, augment, image_size)
+    elif max_length is not None:
+        raise TransferError(
+            f"max_length={max_length}: it is for text and audio, and the data is images; leave it out."
+        )
     dataset = _contract_columns(add_example_id(dataset.with_format(None)), backbone, columns)
     if columns.modality == "image":
         from .image_transforms import ImageTransform, undecoded

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _COMMON_ROOTS = (
     *("home", "Users", "Volumes", "root", "tmp", "var", "private", "opt", "srv", "mnt", "media", "data", "scratch"),
@@ -35,6 +36,19 @@ def local_paths(text: str) -> list[str]:
 def without_paths(text: str) -> str:
     """The text with every absolute path cut to its last part: `/home/me/models/resnet` becomes `resnet`."""
     return _path_pattern().sub(lambda match: re.split(r"[\\/]", match.group().rstrip("\\/"))[-1], text)
+
+
+def without_paths_in(value: Any) -> Any:
+    """What JSON can hold, with `without_paths` of every text in it.
+
+    Args:
+        value: Dicts and lists of texts, numbers and None.
+    """
+    if isinstance(value, dict):
+        return {key: without_paths_in(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths_in(item) for item in value]
+    return without_paths(value) if isinstance(value, str) else value
 
 
 def hub_id(name: str | None) -> str | None:

@@ -7,13 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
-from .leaks import local_paths, without_paths
+from .leaks import local_paths, without_paths, without_paths_in
 from .usage import THIS_MODEL
 
 if TYPE_CHECKING:
@@ -71,18 +70,12 @@ def push(
         TransferError: No model or card in the folder, an adapter whose base is local, an invalid id, no token or one
             that may not write, or another refusal by the Hub.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     folder = Path(folder)
     _check_folder(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise TransferError(f"{repo_id!r} is not a repository id such as 'user/name': {error}") from error
-    if token is None and get_token() is None:
-        raise TransferError("No token for the Hub. Run `hf auth login`, set HF_TOKEN, or pass token=.")
+    _check_target(repo_id, token)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -102,6 +95,34 @@ def push(
         raise TransferError(f"Cannot push {folder}: offline mode is on. Unset HF_HUB_OFFLINE.") from error
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return str(commit.commit_url)
+
+
+def check_push(repo_id: str, *, token: str | None, model: Any) -> None:
+    """Raises TransferError where pushing a model would fail for what is known before it is trained.
+
+    Args:
+        repo_id: As for `push`.
+        token: As for `push`.
+        model: What will be saved and pushed: a model, or a PeftModel, whose base must be one that others can load.
+    """
+    from ..adapters import is_adapted
+
+    _check_target(repo_id, token)
+    if is_adapted(model):
+        base = model.peft_config[model.active_adapter].base_model_name_or_path or model.get_base_model().name_or_path
+        _check_base("This adapter", base)
+
+
+def _check_target(repo_id: str, token: str | None) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise TransferError(f"{repo_id!r} is not a repository id such as 'user/name': {error}") from error
+    if token is None and get_token() is None:
+        raise TransferError("No token for the Hub. Run `hf auth login`, set HF_TOKEN, or pass token=.")
 
 
 def _check_folder(folder: Path) -> None:
@@ -127,10 +148,13 @@ def _check_folder(folder: Path) -> None:
 
 def _check_adapter_base(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    _check_base(f"The adapter in {folder}", config.get("base_model_name_or_path"))
+
+
+def _check_base(adapter: str, base: str | None) -> None:
     if not base or local_paths(base) or base.startswith((".", "~")) or Path(base).exists():
         raise TransferError(
-            f"The adapter in {folder} is of the local model {base!r}, which nobody else can load. Push the base "
+            f"{adapter} is of the local model {base!r}, which nobody else can load. Push the base "
             "first, and name its Hub id as base_model_name_or_path in adapter_config.json; or push the merged model "
             "(hf_transfer.merge)."
         )
@@ -165,7 +189,7 @@ def _published_text(path: Path, repo_id: str) -> str | None:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         content = json.loads(text)
-        public = _map_strings(without_paths, content)
+        public = without_paths_in(content)
         published = text if public == content else json.dumps(public, indent=2) + "\n"
     else:
         published = without_paths(text.replace(THIS_MODEL, repo_id))
@@ -173,14 +197,6 @@ def _published_text(path: Path, repo_id: str) -> str | None:
         return None
     logger.info("Local paths and placeholders in %s are replaced in what is pushed.", path.name)
     return published
-
-
-def _map_strings(function: Callable[[str], str], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_strings(function, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(function, item) for item in value]
-    return function(value) if isinstance(value, str) else value
 
 
 def _link(path: Path, target: Path) -> None:

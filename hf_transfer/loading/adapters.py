@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,13 +46,17 @@ def load(request: Request, load_base: Callable[[Request], Any]) -> tuple[PeftMod
         )
     base = load_base(_base_request(request))
     try:
-        model = PeftModel.from_pretrained(
-            base.model,
-            str(request.folder or request.name),
-            is_trainable=True,
-            ignore_mismatched_sizes=request.labels is not None,
-            **request.hub_options,
-        )
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers >= 5.20 by a name that it renames; goes when PeftModel.__init__ asks for
+            # `is_activation_checkpointing`.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            model = PeftModel.from_pretrained(
+                base.model,
+                str(request.folder or request.name),
+                is_trainable=True,
+                ignore_mismatched_sizes=request.labels is not None,
+                **request.hub_options,
+            )
     except RuntimeError as error:
         raise TransferError(
             f"The adapter {request.name!r} does not fit its base {base.name!r}: {str(error).strip()}. "

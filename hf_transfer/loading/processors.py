@@ -55,6 +55,10 @@ def _tokenizer(request: Request, model: PreTrainedModel, task: str) -> Any:
     tokenizer = _load("AutoTokenizer", request)
     if tokenizer is None:
         return None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # transformers 5 makes a tokenizer without a vocabulary where it finds no file: every word would be [UNK].
+        logger.warning("%s has no Tokenizer: there is no vocabulary in it", request.name)
+        return None
     if task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
         # Byte-level BPE refuses text that comes split into words unless each begins with a space.
         tokenizer = _load("AutoTokenizer", request, add_prefix_space=True)

@@ -161,6 +161,13 @@ def test_a_wrapper_made_by_hand_is_described_by_its_network(tmp_path: Path):
     assert load_backbone(tmp_path / "run").data_config["input_size"] == (3, 224, 224)
 
 
+def test_labels_renamed_by_hand_are_those_saved(tmp_path: Path):
+    backbone = load_backbone(zoo.timm_folder(tmp_path / "base"))
+    backbone.model.config.id2label = {0: "x", 1: "y", 2: "z"}
+    backbone.save(tmp_path / "run")
+    assert load_backbone(tmp_path / "run").labels == ["x", "y", "z"]
+
+
 def test_a_layer_held_by_several_names_is_saved_under_each(tmp_path: Path):
     import timm
 

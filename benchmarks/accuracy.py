@@ -1,0 +1,190 @@
+"""How well the recipes do on real data beside the project (../shared): runs them, writes docs/benchmarks.md.
+
+    python benchmarks/accuracy.py run cifar_full cifar_lora        # some jobs; done ones are kept
+    python benchmarks/accuracy.py run                              # all: about an hour on 2 CPU cores
+    python benchmarks/accuracy.py write                            # docs/benchmarks.md and benchmarks/accuracy.json
+
+A job is a recipe with its flags and seeds, run as a user would run it. The score is that of the last step on the test
+split, which nothing was selected on; hyper-parameters were settled on rows held out of train.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "benchmarks"
+SHARED = "../shared"
+MOBILENET = f"{SHARED}/weights/mobilenetv2_100.coral_tf2_in1k"
+MINILM = f"{SHARED}/weights/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of a table: a recipe, its flags, its seeds."""
+
+    table: str
+    label: str
+    recipe: str
+    flags: str
+    metric: str = "accuracy"
+    split: str = "test"
+    seeds: tuple[int, ...] = (0,)
+
+
+CIFAR = "CIFAR-10 (lossy JPEG copy), mobilenetv2 at 96 px, 10,000 rows of train, first 2,000 of test, 3 epochs"
+SST2 = "SST-2, MiniLM, 3 epochs, validation split (872 rows)"
+BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
+WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
+XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
+SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
+
+_CIFAR = (
+    f"--model {MOBILENET} --dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 "
+    "--max_eval_samples 2000"
+)
+_SST2 = f"--model {MINILM} --dataset {SHARED}/data/sst2"
+_BANKING = f"--model {MINILM} --dataset {SHARED}/data/banking77"
+_WNUT = f"--model {MINILM} --dataset {SHARED}/data/wnut17"
+_XRAY = f"--model {MOBILENET} --dataset {SHARED}/data/pneumonia"
+_SPEECH = f"--model runs/benchmarks/tiny_ast --dataset {SHARED}/data/spoken_digits --label_column label"
+
+JOBS = {
+    "cifar_scratch": Job(CIFAR, "from scratch", "finetune_cifar", f"{_CIFAR} --pretrained false"),
+    "cifar_probe": Job(CIFAR, "linear probe", "finetune_cifar", f"{_CIFAR} --tuning linear_probe"),
+    "cifar_partial": Job(CIFAR, "partial freeze", "finetune_cifar", f"{_CIFAR} --tuning partial --train_blocks 6"),
+    "cifar_lora": Job(CIFAR, "LoRA", "finetune_cifar", f"{_CIFAR} --tuning lora"),
+    "cifar_full": Job(CIFAR, "full", "finetune_cifar", f"{_CIFAR} --tuning full"),
+    "sst2_probe": Job(SST2, "linear probe", "finetune_text", f"{_SST2} --tuning linear_probe", split="validation"),
+    "sst2_lora": Job(SST2, "LoRA", "finetune_text", f"{_SST2} --tuning lora --lora_r 8", split="validation"),
+    "sst2_full": Job(SST2, "full", "finetune_text", f"{_SST2} --tuning full", split="validation"),
+    "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} --num_train_epochs 5"),
+    "wnut_probe": Job(WNUT, "linear probe", "finetune_tokens", f"{_WNUT} --tuning linear_probe", "entity_f1"),
+    "wnut_full": Job(WNUT, "full", "finetune_tokens", _WNUT, "entity_f1"),
+    "xray_probe": Job(XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc"),
+    "xray_full": Job(XRAY, "full", "finetune_xray", _XRAY, "auroc"),
+    "speech_probe": Job(SPEECH, "linear probe", "finetune_speech", f"{_SPEECH} --tuning linear_probe"),
+    "speech_full": Job(SPEECH, "full", "finetune_speech", _SPEECH),
+}
+ADAPT = f"recipes/adapt_digits.py --source {SHARED}/data/mnist --target {SHARED}/data/usps --seeds 0 1 2"
+
+
+def run(names: list[str]) -> None:
+    """Runs the jobs that have no result yet."""
+    for name in names or [*JOBS, "adapt"]:
+        if name == "adapt":
+            if not (RUNS / "adapt" / "results.json").exists():
+                _call([*ADAPT.split(), "--output_dir", str(RUNS / "adapt")])
+            continue
+        job = JOBS[name]
+        if job.table == SPEECH and not (RUNS / "tiny_ast").exists():
+            make_audio_model(RUNS / "tiny_ast")
+        for seed in job.seeds:
+            folder = RUNS / f"{name}-seed{seed}"
+            if not (folder / "results.json").exists():
+                flags = [
+                    *job.flags.split(),
+                    "--seed",
+                    str(seed),
+                    "--output_dir",
+                    str(folder),
+                    "--disable_tqdm",
+                    "true",
+                ]
+                _call([f"recipes/{job.recipe}.py", *flags])
+
+
+def _call(arguments: list[str]) -> None:
+    print("python", *arguments, flush=True)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+
+
+def make_audio_model(folder: Path) -> None:
+    """A small AST with random weights: no pretrained audio network lies beside the project."""
+    import torch
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+    torch.manual_seed(0)
+    config = ASTConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, max_length=96,
+        num_mel_bins=64, patch_size=16, frequency_stride=16, time_stride=8, num_labels=10,
+    )  # fmt: skip
+    ASTForAudioClassification(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=96, num_mel_bins=64, sampling_rate=16000).save_pretrained(folder)
+
+
+def results(name: str) -> list[dict]:
+    """The results.json of each seed of a job that has run."""
+    paths = [RUNS / f"{name}-seed{seed}" / "results.json" for seed in JOBS[name].seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def write() -> None:
+    """Writes the tables from the results there are."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python benchmarks/accuracy.py write` from the runs of `python benchmarks/accuracy.py run`, on 2",
+        "CPU cores, with the real data and weights that lie beside the project (`../shared`). Scores are percentages,",
+        "of the last step unless the table's title says otherwise; nothing was selected on the split that is shown.",
+        "CIFAR-10 is a lossy JPEG copy: published accuracies do not carry over to it.",
+    ]
+    summary: dict[str, dict] = {}
+    for table in dict.fromkeys(job.table for job in JOBS.values()):
+        rows = {name: found for name, job in JOBS.items() if job.table == table and (found := results(name))}
+        if not rows:
+            continue
+        job = JOBS[next(iter(rows))]
+        lines += ["", f"## {table}", "", f"| tuning | {job.metric} | trained | of | learning rate | seconds | seeds |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for name, found in rows.items():
+            lines.append(_row(name, found))
+            summary[name] = {
+                "scores": [facts["metrics"][JOBS[name].split][JOBS[name].metric] for facts in found],
+                "command": f"python recipes/{JOBS[name].recipe}.py {JOBS[name].flags}",
+                "runs": found,
+            }
+        lines += [
+            "",
+            f"`python recipes/{job.recipe}.py {job.flags}` and the like; selection: {found[0]['selection']}.",
+        ]
+    adapt = RUNS / "adapt" / "results.json"
+    if adapt.exists():
+        summary["adapt"] = json.loads(adapt.read_text())
+        lines += _adaptation(summary["adapt"])
+    versions = next(iter(summary.values()))["runs"][0]["versions"]
+    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n")
+    (ROOT / "benchmarks" / "accuracy.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+
+
+def _row(name: str, found: list[dict]) -> str:
+    job, first = JOBS[name], found[0]
+    scores = [100 * facts["metrics"][job.split][job.metric] for facts in found]
+    spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+    return (
+        f"| {job.label} | {mean(scores):.1f}{spread} | {first['trainable_parameters']:,} | {first['total_parameters']:,} "
+        f"| {first['training_arguments']['learning_rate']:g} | {mean(f['seconds']['train'] for f in found):.0f} "
+        f"| {', '.join(str(facts['seed']) for facts in found)} |"
+    )
+
+
+def _adaptation(found: dict) -> list[str]:
+    lines = [
+        "",
+        f"## MNIST to USPS, a small CNN, {found['max_steps']} steps of 64 + 64 rows, last step, USPS test split",
+        "",
+    ]
+    lines += ["| method | accuracy | each seed |", "|---|---|---|"]
+    for method, scores in found["scores"].items():
+        each = ", ".join(f"{score:.1f}" for score in scores)
+        lines.append(f"| {method} | {mean(scores):.1f} ± {stdev(scores):.1f} | {each} |")
+    return [*lines, "", f"`python {ADAPT}`; no target label was used, in training or to choose anything."]
+
+
+if __name__ == "__main__":
+    command, *names = sys.argv[1:] or ["run"]
+    run(names) if command == "run" else write()
