@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test quickstart lint format clean
+.PHONY: test slow quickstart lint format bench clean
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
 
 quickstart: $(INSTALLED)
 	$(BIN)/python recipes/quickstart.py
@@ -16,6 +19,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About an hour on 2 CPU cores; needs the data and weights in ../shared.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/accuracy.py run
+	$(BIN)/python benchmarks/accuracy.py write
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ items in the whole accumulated batch over all processes: gradients are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,70 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
+from .weight_schedules import CosineSchedule as CosineSchedule
+from .weight_schedules import LinearSchedule as LinearSchedule
+from .weight_schedules import Schedule as Schedule
+from .weight_schedules import SigmoidSchedule as SigmoidSchedule
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .anatomy import Anatomy, Taps
 
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
-
-Schedule = Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class LinearSchedule:
-    """A weight that moves on a straight line with training progress, and stays flat outside `[begin, until]`.
-
-    Args:
-        start: Value up to progress `begin`.
-        end: Value from progress `until` on.
-        begin: Progress in [0, 1) at which the line starts.
-        until: Progress in (begin, 1] at which the line ends.
-
-    Raises:
-        TransferError: If not 0 <= begin < until <= 1.
-    """
-
-    start: float
-    end: float
-    begin: float = 0.0
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.begin < self.until <= 1:
-            raise TransferError(
-                f"A schedule needs 0 <= begin < until <= 1, got begin={self.begin}, until={self.until}."
-            )
-
-    def __call__(self, progress: float) -> float:
-        share = min(max((progress - self.begin) / (self.until - self.begin), 0.0), 1.0)
-        return self.start + (self.end - self.start) * share
-
-
-@dataclass(frozen=True)
-class CosineSchedule:
-    """A weight that moves from `start` to `end` along half a cosine over the whole training."""
-
-    start: float
-    end: float
-
-    def __call__(self, progress: float) -> float:
-        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-
-
-@dataclass(frozen=True)
-class SigmoidSchedule:
-    """The warm-up of domain-adversarial training: 2 / (1 + exp(-gamma * progress)) - 1, times `peak`.
-
-    Source: Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818, section 5.2.2.
-    """
-
-    peak: float = 1.0
-    gamma: float = 10.0
-
-    def __call__(self, progress: float) -> float:
-        return self.peak * (2 / (1 + math.exp(-self.gamma * progress)) - 1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +45,7 @@ class Step:
         example_id: (N,) int64. None where the batch has none.
         progress: Share of training that is done, in [0, 1]; survives a resume.
         teacher: The teacher's signal, for distillation.
+        hidden: Outputs of the layers that terms name in `student_layers`, by name.
     """
 
     model: nn.Module
@@ -110,6 +58,7 @@ class Step:
     example_id: Tensor | None = None
     progress: float = 0.0
     teacher: Any = None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def labelled(self) -> Tensor:
@@ -140,7 +89,9 @@ class Step:
         inputs = {
             k: v[mask] if torch.is_tensor(v) and v.dim() and len(v) == len(mask) else v for k, v in self.inputs.items()
         }
-        return replace(self, inputs=inputs, **cut)
+        teacher = None if self.teacher is None else self.teacher.rows(mask)
+        hidden = {name: value[mask] for name, value in self.hidden.items()}
+        return replace(self, inputs=inputs, teacher=teacher, hidden=hidden, **cut)
 
     def _domain(self) -> Tensor:
         if self.domain is None:
@@ -184,6 +135,11 @@ class Objective(nn.Module):
             raise TransferError(f"{type(self).__name__}: weight must be finite or a schedule, got {weight!r}.")
         self.weight = weight
         self.name = name or _snake_case(type(self).__name__)
+
+    @property
+    def student_layers(self) -> tuple[str, ...]:
+        """Modules of the model whose outputs `forward` reads in `step.hidden`; none by default."""
+        return ()
 
     def weight_at(self, progress: float) -> float:
         """The term's weight at this progress in [0, 1]."""
@@ -240,7 +196,15 @@ class Learner(nn.Module):
         self.anatomy = anatomy
         for term in objectives:
             term.prepare(model, anatomy)
-        self._uses_features = any(term.uses_features for term in objectives)
+        self._feature_taps, self._layer_taps = self._make_taps()
+
+    def _make_taps(self) -> tuple[Taps, Taps]:
+        """Taps at the classifier's input and at the layers that terms name; made once, looking modules up is slow."""
+        from .anatomy import Taps
+
+        classifier = [self._classifier()] if any(term.uses_features for term in self.terms()) else []
+        layers = dict.fromkeys(layer for term in self.terms() for layer in term.student_layers)
+        return Taps(self.model, classifier, inputs=True), Taps(self.model, list(layers))
 
     def terms(self) -> list[Objective]:
         """The terms, in the order given."""
@@ -298,31 +262,27 @@ class Learner(nn.Module):
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
         inputs = {name: value for name, value in batch.items() if name not in CONTRACT_COLUMNS}
-        features = None
-        if self._uses_features:
-            outputs, features = self._outputs_and_features(inputs)
-        else:
+        with self._feature_taps as features, self._layer_taps as hidden:
             outputs = self.model(**inputs)
         logits = logits_of(outputs).float()
-        if features is not None:
-            features = match_rows(features, logits, inputs.get("attention_mask"))
-        return Step(
-            model=self.model, inputs=inputs, outputs=outputs, logits=logits, features=features, progress=progress,
-            teacher=teacher, **{name: batch.get(name) for name in CONTRACT_COLUMNS},
+        mask = inputs.get("attention_mask")
+        step = Step(
+            model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
+            features=next((match_rows(found, logits, mask) for found in features.values.values()), None),
+            hidden=dict(hidden.values), **{name: batch.get(name) for name in CONTRACT_COLUMNS},
         )  # fmt: skip
+        features.values.clear()  # the taps outlive the step, its tensors should not
+        hidden.values.clear()
+        return step
 
-    def _outputs_and_features(self, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-        from .anatomy import Taps
-
+    def _classifier(self) -> str:
+        """The layer whose input is the feature vector."""
         if self.anatomy is None or not self.anatomy.classifiers:
             raise TransferError(
                 f"A term needs features, but no classifier was found in {type(self.model).__name__}: features are the "
                 "input of the layer that gives the logits. Load the model with load_backbone(), or drop the term."
             )
-        classifier = self.anatomy.classifiers[0]
-        with Taps(self.model, [classifier], inputs=True) as taps:
-            outputs = self.model(**inputs)
-        return outputs, taps.values[classifier]
+        return self.anatomy.classifiers[0]
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -19,7 +19,7 @@ _SHARED: dict[str, Any] = {
 }
 
 _BY_MODALITY: dict[str, dict[str, Any]] = {
-    "image": {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 128, "weight_decay": 0.01},
+    "image": {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "weight_decay": 0.01},
     "text": {
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,

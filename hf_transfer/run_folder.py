@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -96,8 +97,18 @@ def write_run(folder: Path, backbone: Backbone, facts: dict[str, Any]) -> None:
     bundle.save(backbone.model, folder, processor=backbone.processor)
     write_card(folder, card_facts(backbone, facts, folder.resolve().name))
     staged = folder / f"{RESULTS_FILE}.partial"
-    staged.write_text(json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(facts), indent=2, sort_keys=True, default=str)
+    staged.write_text(text + "\n", encoding="utf-8")
     os.replace(staged, folder / RESULTS_FILE)
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has words for: a metric that is not a number (a correlation with a constant) is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def card_facts(backbone: Backbone, facts: dict[str, Any], name: str) -> Any:

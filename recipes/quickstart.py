@@ -10,8 +10,11 @@ the same number of steps and the same augmentation; each keeps its last step; th
 
 import logging
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from itertools import count
 from pathlib import Path
 
+import datasets
+import transformers
 from datasets import DatasetDict
 
 from hf_transfer import TransferError, finetune, load_data
@@ -28,16 +31,26 @@ WAYS = {
 }
 
 
+def new_folder() -> Path:
+    """The first runs/quickstart-N that does not exist."""
+    return next(path for n in count(1) if not (path := Path(f"runs/quickstart-{n}")).exists())
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="test_resnet", help="a timm network")
+    parser.add_argument("--model", default="test_resnet", help="a timm network; this one has 0.4 M parameters")
     parser.add_argument("--labels", type=int, default=10, help="labelled rows a class of the new task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument(
+        "--output_dir", type=Path, help="where the runs go; a new folder runs/quickstart-N if not given"
+    )
     options = parser.parse_args()
-    logging.getLogger("hf_transfer").setLevel(logging.WARNING)  # five runs: the table says enough
-    if (options.output_dir / "pretrained").exists():
-        raise TransferError(f"{options.output_dir} holds an earlier run: delete it, or pass another --output_dir.")
+    logging.getLogger("hf_transfer").setLevel(logging.WARNING)  # six runs: the table says enough
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    folder = options.output_dir or new_folder()
+    if (folder / "pretrained").exists():
+        raise TransferError(f"{folder} holds an earlier run: delete it, or pass another --output_dir.")
 
     digits = load_data("digits", validation=0, seed=options.seed).splits
     shared = {
@@ -48,8 +61,8 @@ def main() -> None:
     print("Pretraining on the digits 0-4 ...", flush=True)
     known = DatasetDict({split: keep_classes(rows, KNOWN) for split, rows in digits.items()})
     pretrained = finetune(
-        options.model, known, pretrained=False, max_steps=300, learning_rate=3e-3,
-        output_dir=options.output_dir / "pretrained", **shared,
+        options.model, known, pretrained=False, max_steps=300, learning_rate=3e-3, mixup=0.4,
+        output_dir=folder / "pretrained", **shared,
     )  # fmt: skip
     print(f"... {pretrained.metrics['test']['accuracy']:.1%} of its own test rows right\n", flush=True)
 
@@ -58,8 +71,8 @@ def main() -> None:
     print(f"The digits 5-9 with {options.labels} labels a class, scored on {len(new['test'])} test rows")
     print(f"{'':16}{'accuracy':>10}{'trained':>12}{'of':>12}  parameters", flush=True)
     for name, way in WAYS.items():
-        folder = options.output_dir / name.replace(" ", "-")
-        result = finetune(pretrained.folder, new, max_steps=100, output_dir=folder, **shared, **way)
+        run_folder = folder / name.replace(" ", "-")
+        result = finetune(pretrained.folder, new, max_steps=30, output_dir=run_folder, **shared, **way)
         print(
             f"{name:16}{result.metrics['test']['accuracy']:>10.1%}"
             f"{result.plan.trainable:>12,}{result.plan.total:>12,}",
@@ -67,9 +80,9 @@ def main() -> None:
         )
 
     print(f"""
-Each run is a folder in {options.output_dir}: an ordinary checkpoint, its card (README.md), results.json.
+Each run is a folder in {folder}: an ordinary checkpoint, its card (README.md), results.json.
 Next:
-  hf-transfer report {options.output_dir}/full
+  hf-transfer report {folder}/full
   python recipes/finetune_cifar.py --model timm/resnet18.a1_in1k --dataset path/to/images_by_class --tuning lora
   python recipes/finetune_text.py --help""")
 

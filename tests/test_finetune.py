@@ -282,6 +282,16 @@ def test_save_writes_the_run_elsewhere(finished: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(tiny.logits(model, pixel_values=IMAGES), expected)
 
 
+def test_metric_that_is_no_number_is_null(bases: Any, tmp_path: Path) -> None:
+    """A sum of terms of which none is part of the evaluation has no loss there."""
+    options = {"objectives": [L2SP()], "save_strategy": "no"}
+    result = run(bases["test_vit"], tiny.digits(), tmp_path / "run", **options)
+    assert np.isnan(result.metrics["test"]["loss"])
+    text = (tmp_path / "run/results.json").read_text()
+    written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert written["metrics"]["test"]["loss"] is None and 0 <= written["metrics"]["test"]["accuracy"] <= 1
+
+
 def test_same_seed_same_result_other_seed_other(bases: Any, tmp_path: Path) -> None:
     def head(folder: str, seed: int) -> torch.Tensor:
         result = run(bases["test_vit"], tiny.digits(), tmp_path / folder, seed=seed)

@@ -23,11 +23,13 @@ class TopLogits:
         values: (..., k), the largest logits; half precision will do.
         indices: (..., k), their classes; any integer type.
         tails: temperature -> (...), log sum exp of the other logits divided by that temperature.
+        classes: C, how many classes there are in all.
     """
 
     values: Tensor
     indices: Tensor
     tails: Mapping[float, Tensor]
+    classes: int
 
     @classmethod
     def of(cls, logits: Tensor, k: int, temperatures: Sequence[float] = (1.0,)) -> TopLogits:
@@ -44,7 +46,8 @@ class TopLogits:
         if not 1 <= k < logits.shape[-1]:
             raise TransferError(f"k must be in [1, {logits.shape[-1] - 1}] for {logits.shape[-1]} classes, got {k!r}.")
         values, indices = logits.topk(k, dim=-1)
-        return cls(values, indices, {t: _log_rest(_wide(logits) / t, indices) for t in temperatures})
+        tails = {t: _log_rest(_wide(logits) / t, indices) for t in temperatures}
+        return cls(values, indices, tails, logits.shape[-1])
 
     def tail_at(self, temperature: float) -> Tensor:
         """(...), log sum exp of the other logits at this temperature.
@@ -63,7 +66,7 @@ class TopLogits:
     def each(self, change: Callable[[Tensor], Tensor]) -> TopLogits:
         """The same, with every tensor changed."""
         tails = {t: change(tail) for t, tail in self.tails.items()}
-        return TopLogits(change(self.values), change(self.indices), tails)
+        return TopLogits(change(self.values), change(self.indices), tails, self.classes)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,13 @@ class TeacherSignal:
     top: TopLogits | None = None
     features: Tensor | None = None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def logits_shape(self) -> tuple[int, ...] | None:
+        """Shape of the logits, of which the signal may hold the largest only; None where it has none."""
+        if self.logits is not None:
+            return tuple(self.logits.shape)
+        return None if self.top is None else (*self.top.values.shape[:-1], self.top.classes)
 
     def log_probs(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Both networks' log-probabilities over the same events: all classes, or the largest k and all others.

@@ -105,8 +105,12 @@ def check_push(repo_id: str, *, token: str | None, model: Any) -> None:
         token: As for `push`.
         model: What will be saved and pushed: a model, or a PeftModel, whose base must be one that others can load.
     """
+    from huggingface_hub import constants
+
     from ..adapters import is_adapted
 
+    if constants.HF_HUB_OFFLINE:
+        raise TransferError(f"Cannot push to {repo_id}: offline mode is on. Unset HF_HUB_OFFLINE.")
     _check_target(repo_id, token)
     if is_adapted(model):
         base = model.peft_config[model.active_adapter].base_model_name_or_path or model.get_base_model().name_or_path

@@ -141,7 +141,7 @@ class FeatureTerm(Objective):
         if pair.student == FEATURES:
             student, held = step.features, ["no features"]
         else:
-            hidden = step.hidden  # type: ignore[attr-defined]
+            hidden = step.hidden
             student, held = hidden.get(pair.student), list(hidden)
         teacher = signal.features if pair.teacher == FEATURES else signal.hidden.get(pair.teacher)
         if student is None:

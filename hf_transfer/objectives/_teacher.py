@@ -32,6 +32,8 @@ class LogitTerm(Objective):
 
     needs_labels: bool = False
     """Whether `compare` reads class indices."""
+    needs_classes: bool = True
+    """Whether logits are made probabilities: with one output these are always 1."""
     couples_batch: bool = False
     """Whether `compare` returns one number for all items, not one value each."""
 
@@ -76,15 +78,18 @@ class LogitTerm(Objective):
 
     def _teacher(self, step: Step) -> TeacherSignal:
         signal: TeacherSignal = teacher_of(step, self.name)
-        found = signal.logits if signal.logits is not None else None if signal.top is None else signal.top.values
-        if found is None:
+        shape = signal.logits_shape
+        if shape is None:
             raise TransferError(f"The term '{self.name}' needs the teacher's logits, and it gave {signal.contents()}.")
-        items = 0 if signal.logits is not None else -1  # of the largest logits only the leading axes compare
-        expected = step.logits.shape if items == 0 else step.logits.shape[:-1]
-        if (found.shape if items == 0 else found.shape[:-1]) != expected:
+        if shape != tuple(step.logits.shape):
             raise TransferError(
-                f"The term '{self.name}' got teacher logits of shape {tuple(found.shape)} for student logits of shape "
+                f"The term '{self.name}' got teacher logits of shape {shape} for student logits of shape "
                 f"{tuple(step.logits.shape)}. Both need the same rows, tokens and classes, in the same order."
+            )
+        if shape[-1] == 1 and self.needs_classes:
+            raise TransferError(
+                f"The term '{self.name}' compares probabilities of classes, and the networks have one output, as for "
+                "regression. Use LogitMSE."
             )
         return signal
 

@@ -236,6 +236,8 @@ class JSD(LogitTerm):
 class LogitMSE(LogitTerm):
     """Squared difference of the logits, averaged over classes; for regression too. Kim et al. 2021, 2105.08919."""
 
+    needs_classes = False
+
     def compare(self, student: Tensor, teacher: TeacherSignal, labels: Tensor, progress: float) -> Tensor:
         return logit_mse(student, all_logits(teacher, self.name))
 

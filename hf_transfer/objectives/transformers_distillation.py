@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import Schedule, Step
-from ._layers import FeatureTerm, LayerPair, Layers, Projector, attended, mask_of, masked_mean
+from ._layers import FeatureTerm, LayerPair, Layers, Projector, masked_mean
 from ._precision import full_precision, kl
 
 QUERY_KEY_VALUE = ("query", "key", "value")
@@ -125,10 +125,11 @@ class MiniLMRelation(FeatureTerm):
         weight: float | Schedule = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(layers, weight, name)
+        super().__init__(layers, weight, name or "minilm_relation")
         self.relation_heads = relation_heads
 
     def build(self) -> None:
+        check_tokens(self.pairs, self.name)
         roles = [pair.role for pair in self.pairs]
         if sorted(roles) != sorted(QUERY_KEY_VALUE):
             raise TransferError(f"The term '{self.name}' compares one pair each of {QUERY_KEY_VALUE}, got {roles}.")
@@ -145,10 +146,12 @@ class MiniLMRelation(FeatureTerm):
     def forward(self, step: Step) -> Tensor:
         losses = []
         for pair in self.pairs:
-            outputs = zip(self.outputs(step, pair), self._parts, strict=True)
+            *outputs, mask = self.values(step, pair)
             which = QUERY_KEY_VALUE.index(pair.role)
-            student, teacher = (x.chunk(3, dim=-1)[which] if parts == 3 else x for x, parts in outputs)
-            losses.append(minilm_relation(student, teacher, self.relation_heads, mask_of(student, attended(step))))
+            student, teacher = (
+                x.chunk(3, dim=-1)[which] if parts == 3 else x for x, parts in zip(outputs, self._parts, strict=True)
+            )
+            losses.append(minilm_relation(student, teacher, self.relation_heads, mask))
         return torch.stack(losses).sum(dim=0)  # (N,)
 
 
@@ -175,11 +178,12 @@ class TinyBERT(FeatureTerm):
         weight: float | Schedule = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(layers, weight, name)
+        super().__init__(layers, weight, name or "tinybert")
         self.heads = heads
         self.projectors = nn.ModuleDict()
 
     def build(self) -> None:
+        check_tokens(self.pairs, self.name)
         if len(self._of("query")) != len(self._of("key")):
             raise TransferError(
                 f"The term '{self.name}' needs a key beside each query, got {[*map(str, self.pairs)]}."
@@ -197,15 +201,22 @@ class TinyBERT(FeatureTerm):
     def forward(self, step: Step) -> Tensor:
         scores: list[tuple[Tensor, Tensor]] = []
         for queries, keys in zip(self._of("query"), self._of("key"), strict=True):
-            (q_s, q_t), (k_s, k_t) = self.outputs(step, queries), self.outputs(step, keys)
+            q_s, q_t, mask = self.values(step, queries)
+            k_s, k_t, _ = self.values(step, keys)
             scores.append((attention_scores(q_s, k_s, self.heads), attention_scores(q_t, k_t, self.heads)))
         states: list[tuple[Tensor, Tensor]] = []
         for role, projector in self.projectors.items():
             for pair in self._of(role):
-                student, teacher = self.outputs(step, pair)
+                student, teacher, mask = self.values(step, pair)
                 states.append((projector(student), teacher))
-        tokens = states[0][1] if states else q_s
-        return tinybert(scores, states, mask_of(tokens, attended(step)))  # (N,)
+        return tinybert(scores, states, mask)  # (N,)
 
     def _of(self, role: str) -> list[LayerPair]:
         return [pair for pair in self.pairs if pair.role == role]
+
+
+def check_tokens(pairs: Sequence[LayerPair], term: str) -> None:
+    """Raises TransferError where a pair's layers do not hold the same tokens, (N, T, D) each."""
+    strange = [str(pair) for pair in pairs if pair.layout != "tokens"]
+    if strange:
+        raise TransferError(f"The term '{term}' compares transformers on the same tokens (T, D), got {strange}.")

@@ -96,6 +96,9 @@ def test_rows_cut_everything_and_predictions_the_logits_only(teacher) -> None:
     predictions = signal.predictions(mask)
     assert torch.equal(predictions.top.indices, signal.top.indices[mask])
     assert predictions.contents() == ["top"]
+    assert predictions.logits_shape == (2, C)
+    assert TeacherSignal(teacher).logits_shape == (N, C)
+    assert TeacherSignal().logits_shape is None
     assert signal.contents() == ["top", "features", "block"]
     assert signal.to("meta").hidden["block"].device.type == "meta"
     assert TeacherSignal(teacher).rows(mask).logits.shape == (2, C)

@@ -114,3 +114,10 @@ def test_refused_before_training(
     with pytest.raises(TransferError, match=f"(?s){said}"):
         run(base, tmp_path / "run", push_to_hub=True, **options)
     assert not hub.repositories and not (tmp_path / "run").exists()
+
+
+def test_refused_offline(hub: HubServer, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(TransferTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    with pytest.raises(TransferError, match=r"Cannot push to run: offline mode is on. Unset HF_HUB_OFFLINE"):
+        run(base, tmp_path / "run", push_to_hub=True, hub_token="hf_write")

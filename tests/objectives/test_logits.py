@@ -166,6 +166,14 @@ def mean_of(term, step) -> torch.Tensor:
     return term(step).sum() / term.count(batch).double()
 
 
+def test_one_output_is_regression_and_has_no_probabilities() -> None:
+    s, t = normal(N, 1), normal(N, 1, seed=1)
+    torch.testing.assert_close(LogitMSE()(step_of(s, t, torch.zeros(N))), (s - t).square()[:, 0])
+    for term in (SoftTargets(), JSD(), DKD(), NKD()):
+        with pytest.raises(TransferError, match="compares probabilities of classes, and the networks have one output"):
+            term(step_of(s, t, LABELS))
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_the_papers_settings_are_the_defaults(name) -> None:
     s, t = normal(N, C), normal(N, C, seed=1)
@@ -291,6 +299,12 @@ def test_arguments_out_of_range(make, message) -> None:
     [
         (SoftTargets(), None, None, "'soft_targets' learns from a teacher, and the step has none"),
         (SoftTargets(), TeacherSignal(features=torch.zeros(N, 2)), None, r"it gave \['features'\]"),
+        (
+            SoftTargets(),
+            TeacherSignal(top=TopLogits.of(torch.zeros(N, 9), 2)),
+            None,
+            r"teacher logits of shape \(5, 9\)",
+        ),
         (SoftTargets(), torch.zeros(N, C + 1), None, r"teacher logits of shape \(5, 5\) for student .* \(5, 4\)"),
         (SoftTargets(), torch.zeros(N, C), torch.zeros(N, 3).long(), r"labels of shape \(5, 3\) for logits"),
         (DKD(), torch.zeros(N, C), None, "as labels, got none"),

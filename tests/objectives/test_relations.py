@@ -104,6 +104,12 @@ def test_it_is_zero_where_the_student_is_the_teacher_up_to_what_it_ignores(name)
     assert CASES[name][0](t + normal(N, D, seed=2), t) > 1e-3
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_cka_ignores_scale(scale) -> None:
+    s, t = normal(N, D).float(), normal(N, D, seed=1).float()
+    torch.testing.assert_close(cka(scale * s, t), cka(s, t))
+
+
 def test_sums_are_in_float32_under_autocast() -> None:
     s, t = normal(N, D).float(), normal(N, D, seed=1).float()
     for function, _ in CASES.values():

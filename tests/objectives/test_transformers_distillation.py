@@ -140,6 +140,7 @@ def test_the_minilm_term_sums_queries_keys_and_values() -> None:
     torch.testing.assert_close(term(at), expected)
     assert not list(term.parameters())
     assert MiniLMRelation().relation_heads == 48
+    assert (MiniLMRelation().name, TinyBERT(heads=2).name) == ("minilm_relation", "tinybert")
     assert term.count({"input_ids": MASK}) == N
 
 
@@ -204,6 +205,11 @@ def test_padding_does_not_count(term) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: TinyBERT(heads=2).connect([LayerPair("a", "b", (4, 6), (5, 6))]),
+            r"same tokens \(T, D\), got \['a \(4, 6\) ~ b \(5, 6\)'\]",
+        ),
+        (lambda: MiniLMRelation().connect([LayerPair("a", "b", (4, 6), (6, 2, 2), "key")]), "on the same tokens"),
         (lambda: MiniLMRelation().connect(pairs(["query", "key"])), "one pair each of .*'value'.*got .'query', 'key'"),
         (
             lambda: MiniLMRelation(relation_heads=5).connect(pairs(["query", "key", "value"], 12, 18)),
