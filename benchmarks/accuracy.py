@@ -61,7 +61,7 @@ JOBS = {
     "sst2_probe": Job(SST2, "linear probe", "finetune_text", f"{_SST2} --tuning linear_probe", split="validation"),
     "sst2_lora": Job(SST2, "LoRA", "finetune_text", f"{_SST2} --tuning lora --lora_r 8", split="validation"),
     "sst2_full": Job(SST2, "full", "finetune_text", f"{_SST2} --tuning full", split="validation"),
-    "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} --num_train_epochs 5"),
+    "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} --num_train_epochs 3"),
     "wnut_probe": Job(WNUT, "linear probe", "finetune_tokens", f"{_WNUT} --tuning linear_probe", "entity_f1"),
     "wnut_full": Job(WNUT, "full", "finetune_tokens", _WNUT, "entity_f1"),
     "xray_probe": Job(XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc"),

@@ -76,8 +76,8 @@ def run_facts(
 def selection_rule(args: TransferConfig, data: Data) -> str:
     """How the evaluated weights were chosen, in words."""
     if not args.load_best_model_at_end:
-        return f"last step; nothing was selected ({data.selection})"
-    return f"best {args.metric_for_best_model} on validation ({data.selection})"
+        return f"The last step; nothing was selected ({data.selection})."
+    return f"The best {args.metric_for_best_model} on validation ({data.selection})."
 
 
 def write_run(folder: Path, backbone: Backbone, facts: dict[str, Any]) -> None:
