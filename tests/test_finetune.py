@@ -238,7 +238,7 @@ def test_results_json(finished: Any) -> None:
     plan = finished.plan
     assert (written["trainable_parameters"], written["total_parameters"]) == (plan.trainable, plan.total)
     assert written["seed"] == 7 and written["steps"] == 3 and written["processes"] == 1
-    assert written["selection"].startswith("last step; nothing was selected (validation: 6 rows")
+    assert written["selection"].startswith("The last step; nothing was selected (validation: 6 rows")
     assert 0 < written["seconds"]["train"] <= written["seconds"]["total"]
     assert {"python", "torch", "transformers", "timm", "hf-transfer-learning"} <= set(written["versions"])
     assert written["options"] == {"train_blocks": 1}
