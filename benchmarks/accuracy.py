@@ -59,7 +59,7 @@ JOBS = {
     "cifar_lora": Job(CIFAR, "LoRA", "finetune_cifar", f"{_CIFAR} --tuning lora"),
     "cifar_full": Job(CIFAR, "full", "finetune_cifar", f"{_CIFAR} --tuning full"),
     "sst2_probe": Job(SST2, "linear probe", "finetune_text", f"{_SST2} --tuning linear_probe", split="validation"),
-    "sst2_lora": Job(SST2, "LoRA", "finetune_text", f"{_SST2} --tuning lora --lora_r 8", split="validation"),
+    "sst2_lora": Job(SST2, "LoRA, r = 8", "finetune_text", f"{_SST2} --tuning lora --lora_r 8", split="validation"),
     "sst2_full": Job(SST2, "full", "finetune_text", f"{_SST2} --tuning full", split="validation"),
     "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} --num_train_epochs 3"),
     "wnut_probe": Job(WNUT, "linear probe", "finetune_tokens", f"{_WNUT} --tuning linear_probe", "entity_f1"),
@@ -149,7 +149,7 @@ def write() -> None:
             }
         lines += [
             "",
-            f"`python recipes/{job.recipe}.py {job.flags}` and the like; selection: {found[0]['selection']}.",
+            f"`python recipes/{job.recipe}.py {job.flags}` and the like. Selection: {found[0]['selection']}",
         ]
     adapt = RUNS / "adapt" / "results.json"
     if adapt.exists():

@@ -141,13 +141,13 @@ def finetune(
     )
     backbone = starting_backbone(model, run, data, adapt=_makes_adapter(chosen), seed=seed)
     used = {**training_defaults(backbone.modality, run.tuning), **training}
-    args = _arguments(used, data)
+    args = _arguments(used, training, data)
     _log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})
     terms = _default_terms(backbone, data, run, args) if objectives is None else _given_terms(objectives, run)
-    prepared = _prepare(data, backbone, run, args)
     steps = chosen.phases(backbone.model)
     backbone.model = cast(Any, steps[0].apply(backbone.model))
     publish = _check_output(args, backbone)
+    prepared = _prepare(data, backbone, run, args)
     done = train_in_phases(backbone, steps, args, lambda phase: _trainer(backbone, phase, prepared, terms, run))
     metrics = _evaluate(done.trainer, prepared)
     rates = {name: getattr(args, name) for name in ("learning_rate", "head_learning_rate", "layer_decay")}
@@ -222,13 +222,15 @@ def _split_options(model: Any, dataset: Any, tuning: Any, options: dict[str, Any
     return run, {name: value for name, value in options.items() if name not in own}
 
 
-def _arguments(used: dict[str, Any], data: Data) -> TransferConfig:
+def _arguments(used: dict[str, Any], given: Mapping[str, Any], data: Data) -> TransferConfig:
     from .transfer_config import TransferConfig
 
     if "validation" not in data.splits:
         for name in ("early_stopping_patience", "load_best_model_at_end"):
             if used.get(name):
                 raise TransferError(f"{name} needs a validation split, and there is none: {data.selection}.")
+        if str(given.get("eval_strategy", "no")) not in ("no", "IntervalStrategy.NO"):
+            raise TransferError(f"eval_strategy needs a validation split, and there is none: {data.selection}.")
         used["eval_strategy"] = "no"
     try:
         args = TransferConfig(**used)

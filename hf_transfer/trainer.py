@@ -50,6 +50,10 @@ class NonFiniteLoss(TransferError):
     """The training loss became NaN or infinite; training stopped before the weights were touched."""
 
 
+class SaveFailed(TransferError, OSError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+
 class TransferTrainer(Trainer):
     """A transformers Trainer that minimises a sum of terms over the data contract.
 
@@ -225,9 +229,20 @@ class TransferTrainer(Trainer):
         """As the Trainer's; stops at a loss that is not finite, before the optimizer uses its gradient."""
         ids = inputs.get("example_id")
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._option("stop_on_nonfinite_loss") and not torch.isfinite(loss):
-            raise NonFiniteLoss(self._describe_nonfinite(loss, ids))
+        if self._option("stop_on_nonfinite_loss"):
+            self._stop_if_not_finite(loss, ids)
         return loss
+
+    def _stop_if_not_finite(self, loss: Tensor, ids: Tensor | None) -> None:
+        """On every process at once: the gradient of one is in the average of all, and none may save it."""
+        finite = torch.isfinite(loss)
+        if self.args.world_size > 1 and not self.accelerator.reduce(finite.float(), "mean") == 1 and finite:
+            raise NonFiniteLoss(
+                f"The training loss of another process is not finite at step {self.state.global_step}; its message "
+                "names the examples."
+            )
+        if not finite:
+            raise NonFiniteLoss(self._describe_nonfinite(loss, ids))
 
     def _describe_nonfinite(self, loss: Tensor, ids: Tensor | None) -> str:
         rows = "unknown (the data has no example_id column)" if ids is None else str(ids.tolist())
@@ -359,7 +374,7 @@ class TransferTrainer(Trainer):
             if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # what a full disk shows as
                 raise
             kept = last_complete_checkpoint(folder.parent)
-            raise OSError(
+            raise SaveFailed(
                 f"Could not save {folder}: {error}. What was half written is removed; the last whole checkpoint is "
                 f"{kept or 'none'}. Free some space and resume with resume_from_checkpoint=True."
             ) from error

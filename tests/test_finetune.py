@@ -484,7 +484,7 @@ def test_best_epoch_on_validation_is_kept_and_said(bases: Any, tmp_path: Path) -
     result = run(bases["test_resnet"], tiny.digits(), tmp_path / "run", learning_rate=5e-3, **options)
     best = max(entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry)
     assert result.metrics["validation"]["accuracy"] == best
-    assert result.facts["selection"].startswith("best accuracy on validation")
+    assert result.facts["selection"].startswith("The best accuracy on validation")
     assert_same_images(result)
 
 

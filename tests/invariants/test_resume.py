@@ -10,7 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from hf_transfer import LoRA, TransferConfig, TransferTrainer
+from hf_transfer import Backbone, LoRA, TransferConfig, TransferTrainer, load_data
+from hf_transfer.data.collate import collator_for
+from hf_transfer.data.splits import combine
+from hf_transfer.data.transforms import prepare
 from hf_transfer.objectives import DANN, L2SP, CrossEntropy
 
 ROWS, STEPS_AN_EPOCH = 24, 6
@@ -92,3 +95,52 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, case: str) -> 
     for name, value in expected.items():
         if torch.is_tensor(value):
             assert torch.equal(state[name], value), name
+
+
+class DigitNet(torch.nn.Module):
+    """Convolution, batch statistics, dropout, a classifier: what the recipe adapt_digits.py trains, but smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Dropout(0.1),
+            torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(),
+        )  # fmt: skip
+        self.classifier = torch.nn.Linear(16, 10)
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.classifier(self.body(pixel_values))}
+
+
+def adapt(folder: Path, stop_at: int | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
+    """Digits to other writers' digits: two domains of images, augmented, in balanced batches, with DANN."""
+    data = load_data("digits", validation=0, max_train_samples=40, max_eval_samples=32)
+    torch.manual_seed(0)
+    image = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
+    backbone = Backbone(DigitNet(), None, "image", "image-classification", "digit-net", data.labels, data_config=image)
+    mixed = combine(source=data.splits["train"], target=data.splits["test"], columns=data.columns)
+    args = TransferConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, num_train_epochs=3, learning_rate=1e-2, use_cpu=True,
+        sampling="balanced_domains", save_strategy="steps", save_steps=1, save_total_limit=1, report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = TransferTrainer(
+        model=backbone.model,
+        args=args,
+        train_dataset=prepare(mixed, backbone, data.columns, train=True, augment="geometric+noise"),
+        data_collator=collator_for(backbone),
+        objectives=[CrossEntropy(), DANN(hidden=(8,))],
+        callbacks=[StopAt(stop_at)] if stop_at else None,
+    )
+    torch.manual_seed(100 + resume)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.learner.state_dict()
+
+
+def test_an_adaptation_resumed_in_its_second_epoch_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    expected = adapt(tmp_path / "whole")
+    adapt(tmp_path / "cut", stop_at=14)  # 10 steps an epoch
+    state = adapt(tmp_path / "cut", resume=True)
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert not torch.is_tensor(value) or torch.equal(state[name], value), name

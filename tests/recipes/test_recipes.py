@@ -99,7 +99,7 @@ def test_fine_tuning(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert results_table(folder) in printed
     assert f"{written['trainable_parameters']:,}" in printed and str(folder) in printed
     if recipe == "finetune_xray.py":  # the epoch is chosen on validation, and the rare class weighs more
-        assert written["selection"].startswith("best auroc on validation")
+        assert written["selection"].startswith("The best auroc on validation")
         assert written["options"]["class_weights"] == "balanced"
 
 

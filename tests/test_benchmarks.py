@@ -1,0 +1,53 @@
+"""The figures that docs/benchmarks.md reports, as measured and written by benchmarks/accuracy.py, are the ones to reach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy.json"
+
+
+@pytest.fixture
+def measured() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text())
+
+
+def score(measured: dict[str, Any], name: str) -> float:
+    if name not in measured:
+        pytest.skip(f"{name} was not measured; python benchmarks/accuracy.py run {name}")
+    return 100 * mean(measured[name]["scores"])
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("cifar_full", 74), ("cifar_probe", 65), ("sst2_full", 87), ("banking_full", 90)]
+)
+def test_the_figure_is_reached(measured: dict[str, Any], name: str, least: float) -> None:
+    assert score(measured, name) >= least
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "by"),
+    [
+        ("cifar_full", "cifar_scratch", 40), ("cifar_partial", "cifar_probe", 0), ("cifar_lora", "cifar_probe", 0),
+        ("sst2_lora", "sst2_full", -2), ("wnut_full", "wnut_probe", 0), ("xray_full", "xray_probe", 0),
+        ("speech_full", "speech_probe", 0),
+    ],
+)  # fmt: skip
+def test_one_way_beats_another(measured: dict[str, Any], better: str, worse: str, by: float) -> None:
+    assert score(measured, better) >= score(measured, worse) + by
+
+
+def test_lora_on_text_trains_few_parameters(measured: dict[str, Any]) -> None:
+    score(measured, "sst2_lora")
+    run = measured["sst2_lora"]["runs"][0]
+    assert run["trainable_parameters"] / run["total_parameters"] < 0.03
+
+
+def test_domain_adversarial_training_beats_the_source_alone(measured: dict[str, Any]) -> None:
+    found = measured["adapt"]["scores"]
+    assert len(found["DANN"]) == 3 and mean(found["DANN"]) > mean(found["source only"])
