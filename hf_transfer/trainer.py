@@ -487,8 +487,6 @@ class _LogToLogger(TrainerCallback):
 
 def _anatomy(model: nn.Module) -> Anatomy | None:
     """The model's map; None for a model without any layer that could give logits."""
-    if next(model.children(), None) is None:
-        return None
     try:
         return Anatomy.of(model)
     except TransferError:

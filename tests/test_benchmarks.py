@@ -1,4 +1,4 @@
-"""The figures that docs/benchmarks.md reports, as measured and written by benchmarks/accuracy.py, are the ones to reach."""
+"""The figures of docs/benchmarks.md, as benchmarks/accuracy.py measured and wrote them, are the ones to reach."""
 
 from __future__ import annotations
 

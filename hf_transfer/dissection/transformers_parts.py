@@ -16,6 +16,8 @@ def transformers_parts(tree: ModuleTree) -> Parts | None:
         return None
     prefix = root.base_model_prefix
     children = tree.children[""]
+    if not children:
+        return None
     if prefix in children:
         trunks = [prefix]
     else:
