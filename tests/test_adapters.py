@@ -75,7 +75,9 @@ def test_merge_keeps_labels_and_leaves_other_networks_alone():
     assert merge(model) is model
 
 
-@pytest.mark.parametrize("build", [wrapped, lambda: wrapped("test_vit"), bert, gpt2, ast], ids=str)
+@pytest.mark.parametrize(
+    "build", [wrapped, lambda: wrapped("test_vit"), bert, gpt2, ast], ids=["cnn", "vit", "bert", "gpt2", "ast"]
+)
 @pytest.mark.parametrize("policy", ["auto", "train"])
 def test_lora_saves_and_reloads_by_peft(build, policy, tmp_path):
     """Head and BatchNorm statistics included; ordinary peft, nothing of this package."""

@@ -41,7 +41,7 @@ EVERYWHERE = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}  # test_re
         (PartialFreeze("layer3.0.conv1"), set()),  # its neighbours in the block are frozen, their statistics with them
         (BitFit(), EVERYWHERE),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) or "nothing" if isinstance(value, set) else str(value),
 )
 def test_batch_norm_policy(tuning, expected):
     model = tuning.apply(resnet())
