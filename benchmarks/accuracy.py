@@ -130,7 +130,8 @@ def write() -> None:
         "Written by `python benchmarks/accuracy.py write` from the runs of `python benchmarks/accuracy.py run`, on 2",
         "CPU cores, with the real data and weights that lie beside the project (`../shared`). Scores are percentages,",
         "of the last step unless the table's title says otherwise; nothing was selected on the split that is shown.",
-        "CIFAR-10 is a lossy JPEG copy: published accuracies do not carry over to it.",
+        "CIFAR-10 is a lossy JPEG copy: published accuracies do not carry over to it. The seconds were taken on one",
+        "thread beside other work: they say what a run costs, and are no claim of speed.",
     ]
     summary: dict[str, dict] = {}
     for table in dict.fromkeys(job.table for job in JOBS.values()):

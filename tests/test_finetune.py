@@ -515,7 +515,7 @@ def test_says_what_was_decided(bases: Any, tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, logger="hf_transfer"):
         run(bases["test_vit"], tiny.digits(classes=["7", "5"]), tmp_path / "run", tuning="linear_probe", **options)
     recommended = next(line for line in caplog.messages if line.startswith("Recommended"))
-    assert "image with tuning 'linear_probe'" in recommended and "learning_rate=0.01" in recommended
+    assert "image with tuning 'linear_probe'" in recommended and "learning_rate=0.001" in recommended
     assert "weight_decay" not in recommended  # it was given
     assert "40 rows a step: 20 a process, accumulated 2 times, processes 1" in caplog.messages
     assert "Labels: 0 7, 1 5" in caplog.messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -271,7 +272,7 @@ def test_projectors_are_part_of_the_learner() -> None:
     ):
         Learner(nn.Identity(), [term], None)
     term.connect([pair((2,), (5,))])
-    learner = Learner(nn.Linear(2, 2), [term], None)
+    learner = Learner(nn.Sequential(OrderedDict(body=nn.Linear(2, 2))), [term], None)
     assert "objectives.0.projectors.0.linear.weight" in learner.state_dict()
     assert learner.counts({"pixel_values": torch.zeros(7, 3)}) == {"hint": 7}
     assert learner.counts({"x": torch.tensor(1.0), "example_id": torch.zeros(6)}) == {"hint": 6}
