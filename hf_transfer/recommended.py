@@ -1,7 +1,7 @@
 """Recommended training arguments by modality and tuning, for what the user leaves open.
 
-They are starting points that reached the figures of docs/benchmarks.md, not optima: the fewer and the newer the
-parameters, the higher the rate. Everything else is TrainingArguments' own default.
+They are starting points, not optima; what of them was measured, and at which rate, stands in docs/benchmarks.md.
+Everything else is TrainingArguments' own default.
 """
 
 from __future__ import annotations
