@@ -35,6 +35,7 @@ class Job:
     seeds: tuple[int, ...] = (42,)
 
 
+SEEDS = (42, 0, 1)
 CIFAR = "CIFAR-10 (lossy JPEG copy), mobilenetv2 at 96 px, 10,000 rows of train, first 2,000 of test, 3 epochs"
 SST2 = "SST-2, MiniLM, 3 epochs, validation split (872 rows)"
 BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
@@ -48,6 +49,7 @@ _CIFAR = (
 )
 _SST2 = f"--model {MINILM} --dataset {SHARED}/data/sst2"
 _BANKING = f"--model {MINILM} --dataset {SHARED}/data/banking77"
+_BANKING_RATES = "--num_train_epochs 5 --learning_rate 3e-4 --head_learning_rate 3e-3"
 _WNUT = f"--model {MINILM} --dataset {SHARED}/data/wnut17"
 _XRAY = f"--model {MOBILENET} --dataset {SHARED}/data/pneumonia"
 _SPEECH = f"--model runs/benchmarks/tiny_ast --dataset {SHARED}/data/spoken_digits --label_column label"
@@ -61,13 +63,13 @@ JOBS = {
     "sst2_probe": Job(SST2, "linear probe", "finetune_text", f"{_SST2} --tuning linear_probe", split="validation"),
     "sst2_lora": Job(SST2, "LoRA, r = 8", "finetune_text", f"{_SST2} --tuning lora --lora_r 8", split="validation"),
     "sst2_full": Job(SST2, "full", "finetune_text", f"{_SST2} --tuning full", split="validation"),
-    "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} --num_train_epochs 3"),
+    "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} {_BANKING_RATES}"),
     "wnut_probe": Job(WNUT, "linear probe", "finetune_tokens", f"{_WNUT} --tuning linear_probe", "entity_f1"),
     "wnut_full": Job(WNUT, "full", "finetune_tokens", _WNUT, "entity_f1"),
-    "xray_probe": Job(XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc"),
-    "xray_full": Job(XRAY, "full", "finetune_xray", _XRAY, "auroc"),
-    "speech_probe": Job(SPEECH, "linear probe", "finetune_speech", f"{_SPEECH} --tuning linear_probe"),
-    "speech_full": Job(SPEECH, "full", "finetune_speech", _SPEECH),
+    "xray_probe": Job(XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc", seeds=SEEDS),
+    "xray_full": Job(XRAY, "full", "finetune_xray", _XRAY, "auroc", seeds=SEEDS),
+    "speech_probe": Job(SPEECH, "linear probe", "finetune_speech", f"{_SPEECH} --tuning linear_probe", seeds=SEEDS),
+    "speech_full": Job(SPEECH, "full", "finetune_speech", _SPEECH, seeds=SEEDS),
 }
 ADAPT = f"recipes/adapt_digits.py --source {SHARED}/data/mnist --target {SHARED}/data/usps --seeds 0 1 2"
 

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from hf_transfer.backbones import Backbone as Backbone
     from hf_transfer.backbones import load_backbone as load_backbone
     from hf_transfer.data.sources import load_data as load_data
+    from hf_transfer.distill import distill as distill
+    from hf_transfer.distillation.config import DistillationConfig as DistillationConfig
+    from hf_transfer.distillation.student import carve as carve
+    from hf_transfer.distillation.trainer import DistillationTrainer as DistillationTrainer
     from hf_transfer.errors import TransferError as TransferError
-    from hf_transfer.finetune import Result as Result
     from hf_transfer.finetune import finetune as finetune
     from hf_transfer.objective import Objective as Objective
     from hf_transfer.objective import Step as Step
     from hf_transfer.plans import plan as plan
+    from hf_transfer.runs import Result as Result
     from hf_transfer.trainer import TransferTrainer as TransferTrainer
     from hf_transfer.transfer_config import TransferConfig as TransferConfig
     from hf_transfer.tuning import BitFit as BitFit
@@ -44,6 +48,8 @@ _HOME = {  # public name -> the module that defines it
     "Anatomy": "anatomy",
     "Backbone": "backbones",
     "BitFit": "tuning",
+    "DistillationConfig": "distillation.config",
+    "DistillationTrainer": "distillation.trainer",
     "FullFineTune": "tuning",
     "GradualUnfreeze": "tuning",
     "LinearProbe": "tuning",
@@ -51,13 +57,15 @@ _HOME = {  # public name -> the module that defines it
     "Objective": "objective",
     "PartialFreeze": "tuning",
     "Peft": "tuning",
-    "Result": "finetune",
+    "Result": "runs",
     "Step": "objective",
     "Taps": "anatomy",
     "TransferConfig": "transfer_config",
     "TransferError": "errors",
     "TransferTrainer": "trainer",
     "Tuning": "tuning",
+    "carve": "distillation.student",
+    "distill": "distill",
     "finetune": "finetune",
     "load_backbone": "backbones",
     "load_data": "data.sources",

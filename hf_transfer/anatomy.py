@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_transfer.dissection.channels import ChannelAxis
 from hf_transfer.dissection.placement import place, prefixes_of
 from hf_transfer.dissection.timm_parts import timm_parts
 from hf_transfer.dissection.transformers_parts import plain_parts, transformers_parts
@@ -126,7 +127,8 @@ class Anatomy:
 class Taps:
     """Reads the values that flow through named modules; a context manager that removes its hooks on exit.
 
-    A module that runs several times in a forward (shared layers) leaves its last value.
+    A module that runs several times in a forward (shared layers) leaves its last value. Maps are always (N, C, H, W),
+    as a view where the network has them as (N, H, W, C): Swin, Sequencer, VOLO and others.
 
     Args:
         model: the model that will run, plain or wrapped.
@@ -143,7 +145,9 @@ class Taps:
     def __init__(self, model: nn.Module, names: Sequence[str], *, inputs: bool = False) -> None:
         self.values: dict[str, Tensor] = {}
         self._inputs = inputs
-        self._modules = _modules_called(plain_model(model), names)
+        self._model = plain_model(model)
+        self._modules = _modules_called(self._model, names)
+        self._channels: dict[str, ChannelAxis] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Taps:
@@ -160,9 +164,14 @@ class Taps:
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             value = _first_tensor((args, kwargs)) if self._inputs else _first_tensor(output)
             if value is not None:
-                self.values[name] = value
+                self.values[name] = self._map(name, module, value) if value.dim() == 4 else value
 
         return keep
+
+    def _map(self, name: str, module: nn.Module, value: Tensor) -> Tensor:
+        if name not in self._channels:
+            self._channels[name] = ChannelAxis(module, self._model)
+        return value.movedim(self._channels[name].of(value.shape), 1)
 
 
 def _main_module(tree: ModuleTree, row: list[str], prefixes: tuple[str, ...]) -> str:

@@ -41,6 +41,7 @@ class Backbone:
         name: Hub id or folder that the weights came from, or the name they were asked for by.
         labels: Label names in id order; None for placeholders, regression without names, and causal-lm.
         data_config: For images: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode, in timm's names.
+        renamed_from: Names that the head's classes had in the checkpoint, where `labels` are other ones for its rows.
     """
 
     model: PreTrainedModel | PeftModel
@@ -50,6 +51,7 @@ class Backbone:
     name: str
     labels: list[str] | None
     data_config: dict[str, Any] | None
+    renamed_from: list[str] | None = None
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -89,8 +91,9 @@ def load_backbone(
         name_or_path: A Hub id or local folder of transformers or timm (saved by either), a timm name (`resnet18`,
             `resnet18.a1_in1k`), the id or folder of an adapter, or `torchvision/` and alexnet, vgg11 to vgg19_bn or
             inception_v3.
-        labels: Names of the classes in id order, which rename the head or replace it by a new one; a number of
-            outputs; or None to keep the model's own.
+        labels: Names of the classes in id order: the checkpoint's own names in another order reorder the head, as
+            many other names rename it, more or fewer replace it by a new one. Or a number of outputs; or None to keep
+            the model's own.
         task: One of `TASKS`, or None for what the checkpoint was made for (labels=1 means regression).
         pretrained: False starts all weights at random. A timm or torchvision name then needs no network.
         image_size: Side of the square images in pixels; learned positions are resampled. None keeps the model's own.
@@ -175,7 +178,7 @@ def _load_repository(request: Request) -> Backbone:
 
 def _backbone(request: Request, model: Any, task: str, modality: Any, processor: Any) -> Backbone:
     from .loading import processors, timm_models
-    from .loading.transformers_models import label_names
+    from .loading.heads import label_names
 
     data_config = None
     if modality == "image":
@@ -184,7 +187,8 @@ def _backbone(request: Request, model: Any, task: str, modality: Any, processor:
         if request.image_size is not None or request.in_chans is not None:
             _try_one_image(model.eval(), request)
     labels = None if task == "causal-lm" else label_names(model.config)
-    return Backbone(model.eval(), processor, modality, task, request.name, labels, data_config)
+    former = getattr(model, "renamed_from", None)  # of a head that starts at random there is none
+    return Backbone(model.eval(), processor, modality, task, request.name, labels, data_config, former)
 
 
 def _try_one_image(model: Any, request: Request) -> None:

@@ -1,6 +1,7 @@
-"""The command `hf-transfer`: fine-tune by flags, upload a run folder, show its results.
+"""The command `hf-transfer`: fine-tune or distil by flags, upload a run folder, show its results.
 
     hf-transfer finetune --model timm/resnet18.a1_in1k --dataset uoft-cs/cifar10 --tuning lora --output_dir runs/lora
+    hf-transfer distill --teacher runs/lora --model mobilenetv3_small_050 --dataset uoft-cs/cifar10
     hf-transfer report runs/lora
     hf-transfer push runs/lora me/resnet18-cifar10
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _command(argv: Sequence[str]) -> None:
     if argv[:1] == ["finetune"]:
         _finetune(argv[1:])  # its flags are the recipes': their parser, not argparse's subcommand, reads them
+    elif argv[:1] == ["distill"]:
+        _distill(argv[1:])
     else:
         options = _parser().parse_args(argv)
         options.command(options)
@@ -50,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     commands.add_parser("finetune", help="fine-tune a backbone on data (hf-transfer finetune --help lists the flags)")
+
+    commands.add_parser("distill", help="distil a teacher into a student (hf-transfer distill --help lists the flags)")
 
     report = commands.add_parser("report", help="print a run folder's results")
     report.add_argument("folder", type=Path, help="a run folder: it holds results.json")
@@ -70,6 +75,23 @@ def _finetune(argv: Sequence[str]) -> None:
 
     config, given = parse_given(argv, defaults={}, description="Fine-tunes a backbone on labelled data.")
     result = finetune(**vars(config), **given)
+    if is_first_process():
+        print(f"{result.folder}\n{results_table(result.folder)}")
+
+
+def _distill(argv: Sequence[str]) -> None:
+    from hf_transfer.config import parse_given
+    from hf_transfer.distill import DistillationRun, distill
+    from hf_transfer.distillation.config import DistillationConfig
+
+    config, given = parse_given(
+        argv,
+        defaults={},
+        description="Distils a teacher into a student on data.",
+        run_config=DistillationRun,
+        training_config=DistillationConfig,
+    )
+    result = distill(**vars(config), **given)
     if is_first_process():
         print(f"{result.folder}\n{results_table(result.folder)}")
 

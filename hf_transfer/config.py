@@ -17,7 +17,7 @@ from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _flag(help: str, **default: Any) -> Any:
+def flag(help: str, **default: Any) -> Any:
+    """A field of a run's options, with what `--help` says of it."""
     return field(metadata={"help": help}, **default)
 
 
@@ -63,28 +64,28 @@ class RunConfig:
         TransferError: If a size, a count or the rank is below 1, or an alpha below 0.
     """
 
-    model: str = _flag("Hub id, local folder, timm name or torchvision/NAME.")
-    dataset: str = _flag("Hub id, folder (images by class, or train|validation|test.parquet/csv/jsonl), or digits.")
-    tuning: str = _flag("full, linear_probe, partial, gradual, bitfit or lora.", default="full")
-    task: str | None = _flag("For example image-classification; inferred by default.", default=None)
-    image_size: int | None = _flag("Height and width in pixels; the model's own by default.", default=None)
-    max_length: int | None = _flag("Tokens a text is cut to; the model's own by default.", default=None)
-    max_train_samples: int | None = _flag("Train on at most this many examples.", default=None)
-    max_eval_samples: int | None = _flag("Evaluate on at most this many examples of each split.", default=None)
-    lora_r: int | None = _flag("Rank of LoRA.", default=None)
+    model: str = flag("Hub id, local folder, timm name or torchvision/NAME.")
+    dataset: str = flag("Hub id, folder (images by class, or train|validation|test.parquet/csv/jsonl), or digits.")
+    tuning: str = flag("full, linear_probe, partial, gradual, bitfit or lora.", default="full")
+    task: str | None = flag("For example image-classification; inferred by default.", default=None)
+    image_size: int | None = flag("Height and width in pixels; the model's own by default.", default=None)
+    max_length: int | None = flag("Tokens a text is cut to; the model's own by default.", default=None)
+    max_train_samples: int | None = flag("Train on at most this many examples.", default=None)
+    max_eval_samples: int | None = flag("Evaluate on at most this many examples of each split.", default=None)
+    lora_r: int | None = flag("Rank of LoRA.", default=None)
     # HfArgumentParser reads such a union by its second member: the command line gives a str.
-    train_blocks: int | str | float | tuple[str, ...] | None = _flag(
+    train_blocks: int | str | float | tuple[str, ...] | None = flag(
         "Blocks that partial trains: a number of the last ones, a share of them, or their names (a,b,c).", default=None
     )
-    augment: str | None = _flag("Image augmentation preset.", default=None)
-    mixup: float = _flag("Alpha of mixup; 0 is off.", default=0.0)
-    cutmix: float = _flag("Alpha of CutMix; 0 is off.", default=0.0)
-    class_weights: Literal["balanced"] | None = _flag("Weigh classes by inverse frequency.", default=None)
-    validation: float = _flag("Share of train that is held out where there is no validation split.", default=0.1)
-    pretrained: bool = _flag("Start from the pretrained weights; false: from scratch.", default=True)
-    input_column: str | None = _flag("Column of the inputs; inferred by default.", default=None)
-    label_column: str | None = _flag("Column of the labels; inferred by default.", default=None)
-    on_bad_example: Literal["raise", "skip"] = _flag("What an unreadable example does.", default="raise")
+    augment: str | None = flag("Image augmentation preset.", default=None)
+    mixup: float = flag("Alpha of mixup; 0 is off.", default=0.0)
+    cutmix: float = flag("Alpha of CutMix; 0 is off.", default=0.0)
+    class_weights: Literal["balanced"] | None = flag("Weigh classes by inverse frequency.", default=None)
+    validation: float = flag("Share of train that is held out where there is no validation split.", default=0.1)
+    pretrained: bool = flag("Start from the pretrained weights; false: from scratch.", default=True)
+    input_column: str | None = flag("Column of the inputs; inferred by default.", default=None)
+    label_column: str | None = flag("Column of the labels; inferred by default.", default=None)
+    on_bad_example: Literal["raise", "skip"] = flag("What an unreadable example does.", default="raise")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "max_length", "max_train_samples", "max_eval_samples", "lora_r"):
@@ -129,30 +130,43 @@ def parse(
 
 
 def parse_given(
-    argv: Sequence[str] | None = None, *, defaults: Mapping[str, Any], description: str
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any],
+    description: str,
+    run_config: type[RunConfig] = RunConfig,
+    training_config: type[TransferConfig] | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """As `parse`, but of TransferConfig only the fields that were given somewhere (`output_dir` always is), by name.
+    """As `parse`, but of the training arguments only those given somewhere (`output_dir` always is), by name.
 
     `finetune(**vars(run), **given)` runs it, with finetune's recommendations for what the user left open.
+
+    Args:
+        argv: The arguments; `sys.argv[1:]` by default.
+        defaults: The recipe's own defaults.
+        description: What `--help` says first.
+        run_config: The class of the run's own options, such as `distill.DistillationRun`.
+        training_config: The class of the training arguments; TransferConfig by default.
     """
     from hf_transfer.transfer_config import TransferConfig
 
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(TransferConfig, description)
-    sources = _set_defaults(parser, TransferConfig, defaults, "the recipe")
+    configs = (run_config, training_config or TransferConfig)
+    parser = _parser(configs, description)
+    sources = _set_defaults(parser, configs, defaults, "the recipe")
     namespace, rest = parser.parse_known_args(argv)
     if namespace.config is not None:
-        sources |= _set_defaults(parser, TransferConfig, _read_yaml(namespace.config), namespace.config)
+        sources |= _set_defaults(parser, configs, _read_yaml(namespace.config), namespace.config)
         namespace, rest = parser.parse_known_args(argv)
     if rest:
-        raise TransferError(_unknown_flags(rest, _names(RunConfig, TransferConfig)))
+        raise TransferError(_unknown_flags(rest, _names(*configs)))
     sources |= dict.fromkeys(_on_command_line(parser, argv), "the command line")
     values = vars(namespace)
     missing = [f"--{name}" for name in ("model", "dataset") if values[name] is None]
     if missing:
         raise TransferError(f"{' and '.join(missing)} must be given, on the command line or in the --config file.")
-    run = RunConfig(**{name: values[name] for name in _names(RunConfig)})
-    given = {name: values[name] for name in _names(TransferConfig) if name in sources}
+    run = run_config(**{name: values[name] for name in _names(run_config)})
+    given = {name: values[name] for name in _names(configs[1]) if name in sources}
     if given.get("output_dir") is None:
         given["output_dir"] = _output_dir(run)
     for name in sources:
@@ -160,7 +174,7 @@ def parse_given(
     return run, given
 
 
-def _parser(config: type, description: str) -> ArgumentParser:
+def _parser(configs: Sequence[type], description: str) -> ArgumentParser:
     from transformers import HfArgumentParser
 
     from hf_transfer.schedulers import DECAYS
@@ -169,9 +183,8 @@ def _parser(config: type, description: str) -> ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise TransferError(message)  # argparse's own way prints the usage first: three hundred lines here
 
-    configs: list[Any] = [RunConfig, config]
     usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]"  # argparse would list every flag
-    parser = Parser(configs, description=description, usage=usage, allow_abbrev=False)
+    parser = Parser(cast(Any, configs), description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Values by name; the command line overrides them.")
     for action in parser._actions:  # argparse has no public way to change an argument that stands
         action.required = False  # the YAML file may give it
@@ -184,14 +197,16 @@ def _names(*configs: type) -> list[str]:
     return [item.name for config in configs for item in fields(config) if item.init]
 
 
-def _set_defaults(parser: ArgumentParser, config: type, values: Mapping[str, Any], source: str) -> dict[str, str]:
+def _set_defaults(
+    parser: ArgumentParser, configs: Sequence[type], values: Mapping[str, Any], source: str
+) -> dict[str, str]:
     """Makes `values` the parser's defaults; returns the source of each name."""
-    names = _names(RunConfig, config)
+    names = _names(*configs)
     unknown = [str(name) for name in values if name not in names]
     if unknown:
         complaints = [f"unknown key {name}{_nearest(name, names)}" for name in unknown]
         raise TransferError(f"{source}: {'; '.join(complaints)}")
-    hints = get_type_hints(RunConfig) | get_type_hints(config)
+    hints = {name: hint for config in configs for name, hint in get_type_hints(config).items()}
     actions = {action.dest: action for action in reversed(parser._actions)}  # --flag comes before its --no_flag
     for name, value in values.items():
         try:

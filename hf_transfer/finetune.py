@@ -7,18 +7,27 @@ result.metrics["test"]; result.push_to_hub("me/resnet18-cifar10")
 
 from __future__ import annotations
 
-import difflib
-import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .config import RunConfig
 from .errors import TransferError
 from .recommended import training_defaults
+from .runs import (
+    TRAINER_SEED,
+    Result,
+    arguments,
+    check_output,
+    evaluate_splits,
+    load,
+    log_choices,
+    prepare_splits,
+    publish_result,
+    shown,
+    split_options,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -26,68 +35,8 @@ if TYPE_CHECKING:
     from .backbones import Backbone
     from .data.sources import Data
     from .objective import Objective
-    from .plans import Plan
     from .trainer import TransferConfig, TransferTrainer
     from .tuning import Tuning
-
-logger = logging.getLogger(__name__)
-
-TRAINER_SEED = 42  # TrainingArguments' own default
-
-
-@dataclass
-class Result:
-    """What a fine-tuning gave.
-
-    Attributes:
-        backbone: The tuned model with its processor, labels and task.
-        metrics: Metrics by split: `{"validation": {"accuracy": ...}, "test": {...}}`.
-        history: The Trainer's log, one entry a logging step or evaluation.
-        plan: What was trained, with parameters and learning rates by group.
-        facts: What results.json holds.
-        folder: The run folder: an ordinary checkpoint, README.md (the card) and results.json.
-    """
-
-    backbone: Backbone
-    metrics: dict[str, dict[str, float]]
-    history: list[dict[str, Any]]
-    plan: Plan
-    facts: dict[str, Any]
-    folder: Path
-
-    @property
-    def model(self) -> Any:
-        """The tuned model."""
-        return self.backbone.model
-
-    def save(self, folder: str | Path) -> None:
-        """Writes model, card and results.json to another folder."""
-        from .run_folder import write_run
-
-        write_run(Path(folder), self.backbone, self.facts)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Uploads the run folder as a model repository.
-
-        Args:
-            repo_id: `user/name`.
-            private: Whether a new repository is private; the account's default if None.
-            token: A write token; the stored login if None.
-            revision: The branch; `main` if None.
-
-        Returns:
-            The address of the commit.
-        """
-        from .hub.push import push
-
-        return push(self.folder, repo_id, private=private, token=token, revision=revision)
 
 
 def finetune(
@@ -119,37 +68,31 @@ def finetune(
     Raises:
         TransferError: For bad input, before any training.
     """
-    from .data.sources import load_data
     from .phases import train_in_phases
     from .plans import plan
     from .run_folder import run_facts
     from .starting_points import starting_backbone
+    from .transfer_config import TransferConfig
 
     started = time.time()
-    run, training = _split_options(model, dataset, tuning, {**options, "output_dir": str(output_dir)})
+    run, training = split_options(
+        {**options, "output_dir": str(output_dir)}, RunConfig, TransferConfig, model=shown(model),
+        dataset=shown(dataset), tuning=tuning if isinstance(tuning, str) else _name_of(tuning),
+    )  # fmt: skip
     chosen = _tuning(tuning, run)
     seed = training.get("seed", TRAINER_SEED)
-    data = load_data(
-        dataset,
-        input_column=run.input_column,
-        label_column=run.label_column,
-        task=run.task,
-        max_train_samples=run.max_train_samples,
-        max_eval_samples=run.max_eval_samples,
-        validation=run.validation,
-        seed=seed,
-    )
+    data = load(dataset, run, seed)
     backbone = starting_backbone(model, run, data, adapt=_makes_adapter(chosen), seed=seed)
     used = {**training_defaults(backbone.modality, run.tuning), **training}
-    args = _arguments(used, training, data)
-    _log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})
+    args = arguments(TransferConfig, used, training, data)
+    log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})
     terms = _default_terms(backbone, data, run, args) if objectives is None else _given_terms(objectives, run)
     steps = chosen.phases(backbone.model)
     backbone.model = cast(Any, steps[0].apply(backbone.model))
-    publish = _check_output(args, backbone)
-    prepared = _prepare(data, backbone, run, args)
+    publish = check_output(args, backbone)
+    prepared = prepare_splits(data, backbone, run, args)
     done = train_in_phases(backbone, steps, args, lambda phase: _trainer(backbone, phase, prepared, terms, run))
-    metrics = _evaluate(done.trainer, prepared)
+    metrics = evaluate_splits(done.trainer, prepared)
     rates = {name: getattr(args, name) for name in ("learning_rate", "head_learning_rate", "layer_decay")}
     trained = plan(backbone.model, **rates)
     facts = {
@@ -167,8 +110,7 @@ def finetune(
         result.save(result.folder)
     done.trainer.accelerator.wait_for_everyone()
     if publish and done.trainer.is_world_process_zero():
-        private, token, revision = args.hub_private_repo, args.hub_token, args.hub_revision
-        result.push_to_hub(_repository(args), private=private, token=token, revision=revision)
+        publish_result(result, args)
     return result
 
 
@@ -201,103 +143,6 @@ def _name_of(tuning: Tuning) -> str:
     from .tuning import TUNINGS, tuning_from_name
 
     return next((name for name in TUNINGS if type(tuning_from_name(name)) is type(tuning)), type(tuning).__name__)
-
-
-def _split_options(model: Any, dataset: Any, tuning: Any, options: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """RunConfig's own options, and the training arguments that were given."""
-    from .transfer_config import TransferConfig
-
-    own = {f.name for f in fields(RunConfig)}
-    known = own | {f.name for f in fields(TransferConfig)}
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=3)
-            raise TransferError(f"Unknown option {name!r} of finetune(). Nearest: {', '.join(near) or 'none'}.")
-    run = RunConfig(
-        model=str(getattr(model, "name", model)) if not isinstance(model, (str, Path)) else str(model),
-        dataset=str(dataset) if isinstance(dataset, (str, Path)) else "data in memory",
-        tuning=tuning if isinstance(tuning, str) else _name_of(tuning),
-        **{name: value for name, value in options.items() if name in own},
-    )
-    return run, {name: value for name, value in options.items() if name not in own}
-
-
-def _arguments(used: dict[str, Any], given: Mapping[str, Any], data: Data) -> TransferConfig:
-    from .transfer_config import TransferConfig
-
-    if "validation" not in data.splits:
-        for name in ("early_stopping_patience", "load_best_model_at_end"):
-            if used.get(name):
-                raise TransferError(f"{name} needs a validation split, and there is none: {data.selection}.")
-        if str(given.get("eval_strategy", "no")) not in ("no", "IntervalStrategy.NO"):
-            raise TransferError(f"eval_strategy needs a validation split, and there is none: {data.selection}.")
-        used["eval_strategy"] = "no"
-    try:
-        args = TransferConfig(**used)
-    except ValueError as error:  # TrainingArguments' own checks
-        raise TransferError(str(error)) from error
-    args.batch_eval_metrics = True  # the metrics read a batch at a time; memory stays flat
-    return args
-
-
-def _log_choices(run: RunConfig, backbone: Backbone, args: TransferConfig, recommended: Mapping[str, Any]) -> None:
-    """Says what nobody asked for by name: recommended arguments, rows a step, the numbers of the classes."""
-    from .freezing import shortened
-
-    chosen = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
-    logger.info("Recommended for %s with tuning %r: %s", backbone.modality, run.tuning, chosen or "nothing")
-    sizes = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
-    logger.info("%d rows a step: %d a process, accumulated %d times, processes %d", math.prod(sizes), *sizes)
-    if backbone.labels:
-        names = [f"{number} {name}" for number, name in enumerate(backbone.labels)]
-        logger.info("Labels: %s", ", ".join(shortened(names)))
-
-
-def _check_output(args: TransferConfig, backbone: Backbone) -> bool:
-    """Whether the tuned model can be saved, and pushed if that is asked for. Returns whether it is.
-
-    From here on the Trainer does not know of it: it would create the repository now, and push every checkpoint with a
-    card of its own.
-    """
-    from .hub.bundle import check_output_folder
-    from .hub.push import check_push
-
-    check_output_folder(args.output_dir, backbone.model)
-    if not args.push_to_hub:
-        return False
-    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))  # by default "every_save"
-    if strategy not in ("end", "every_save") or args.hub_always_push:
-        raise TransferError(
-            f"hub_strategy={strategy!r} with hub_always_push={args.hub_always_push}: the finished run is pushed "
-            "once, at the end. Leave hub_strategy and hub_always_push out."
-        )
-    check_push(_repository(args), token=args.hub_token, model=backbone.model)
-    args.push_to_hub = False
-    return True
-
-
-def _repository(args: TransferConfig) -> str:
-    return args.hub_model_id or Path(args.output_dir).resolve().name
-
-
-def _prepare(data: Data, backbone: Backbone, run: RunConfig, args: TransferConfig) -> dict[str, Any]:
-    from .data.transforms import prepare
-
-    with args.main_process_first(desc="data preparation"):
-        return {
-            split: prepare(
-                rows,
-                backbone,
-                data.columns,
-                train=split == "train",
-                augment=run.augment or "light",
-                image_size=run.image_size,
-                max_length=run.max_length,
-                seed=args.seed,
-                on_bad_example=run.on_bad_example,
-            )
-            for split, rows in data.splits.items()
-        }
 
 
 def _default_terms(backbone: Backbone, data: Data, run: RunConfig, args: TransferConfig) -> list[Objective]:
@@ -343,15 +188,3 @@ def _trainer(
         compute_metrics=compute_metrics_for(backbone.task, backbone.labels or backbone.outputs),
         objectives=terms,
     )
-
-
-def _evaluate(trainer: TransferTrainer, prepared: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Metrics of the final model by split, without the Trainer's timings."""
-    metrics: dict[str, dict[str, float]] = {}
-    for split in ("validation", "test"):
-        if split in prepared:
-            found = trainer.evaluate(prepared[split], metric_key_prefix=split)
-            named = {name.removeprefix(f"{split}_"): value for name, value in found.items()}
-            timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
-            metrics[split] = {name: value for name, value in named.items() if name not in timings}
-    return metrics

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
+TEACHER_PREFIX = "teacher_"
+"""Columns that begin so are a teacher's own inputs, where it reads the rows in another way than the model."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Step:
         model: The model that made the outputs.
         inputs: What the model was given.
         outputs: What the model returned.
-        logits: (N, C), or (N, T, C) for tokens; float32.
+        logits: (N, C), or (N, T, C) for tokens; float32 at least.
         labels: (N,), (N, T), or soft (N, C); -100 = unlabelled. None where the batch has none.
         features: The input of the classifier, (N, D), or (N, T, D) for tokens; None if no term `uses_features`.
         domain: (N,) int64; 0 = source, 1 = target. None where the batch has none.
@@ -238,33 +240,36 @@ class Learner(nn.Module):
         """
         step = self._run(batch, progress, teacher)
         counts = self.counts(batch) if counts is None else counts
-        loss, values = None, {}
-        for term in self.terms():
-            if not self.training and not (term.in_evaluation and step.labels is not None):
-                continue
-            value = self._mean(term, step, counts, micro_batches)
-            values[term.name] = value.detach()
-            weighted = value * term.weight_at(progress)
+        terms = [term for term in self.terms() if self.training or (term.in_evaluation and step.labels is not None)]
+        values = self._means(terms, step, counts, micro_batches)
+        loss = None
+        for term in terms:
+            weighted = values[term.name] * term.weight_at(progress)
             loss = weighted if loss is None else loss + weighted
-        return Signal(loss, step.outputs, values)
+        return Signal(loss, step.outputs, {name: value.detach() for name, value in values.items()})
+
+    def _means(
+        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
+    ) -> dict[str, Tensor]:
+        """Each term's share of its mean over the whole accumulated batch, by name."""
+        return {term.name: self._mean(term, step, counts, micro_batches) for term in terms}
 
     def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor], micro_batches: int) -> Tensor:
-        """The term's share of its mean over the whole accumulated batch."""
         value = term(step)
         if term.name in counts:
-            return value.float().sum() / counts[term.name].to(value.device).clamp(min=torch.finfo(torch.float32).tiny)
+            return over_items(wide(value).sum(), counts[term.name])
         if value.dim() != 0:
             raise TransferError(
                 f"The term '{term.name}' returned values of shape {tuple(value.shape)} but counts no items: "
                 "return a mean (0-d), or define count(batch)."
             )
-        return value.float() / micro_batches
+        return wide(value) / micro_batches
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
-        inputs = {name: value for name, value in batch.items() if name not in CONTRACT_COLUMNS}
+        inputs = model_inputs(batch)
         with self._feature_taps as features, self._layer_taps as hidden:
             outputs = self.model(**inputs)
-        logits = logits_of(outputs).float()
+        logits = wide(logits_of(outputs))
         mask = inputs.get("attention_mask")
         step = Step(
             model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
@@ -283,6 +288,25 @@ class Learner(nn.Module):
                 "input of the layer that gives the logits. Load the model with load_backbone(), or drop the term."
             )
         return self.anatomy.classifiers[0]
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a collated batch the model is given: all but the contract's columns and a teacher's."""
+    return {
+        name: value
+        for name, value in batch.items()
+        if name not in CONTRACT_COLUMNS and not name.startswith(TEACHER_PREFIX)
+    }
+
+
+def over_items(total: Tensor, count: Tensor) -> Tensor:
+    """A sum of values divided by their number; 0 where there are none."""
+    return total / count.to(total.device).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -28,7 +28,8 @@ def starting_backbone(model: Any, run: RunConfig, data: Data, *, adapt: bool, se
         seed: Of the new head, and of adapters.
 
     Returns:
-        The Backbone. The adapter of an earlier run, if it was one, is folded into its base.
+        The Backbone. The adapter of an earlier run, if it was one, is folded into its base. A head for other classes
+        starts anew, even where there were as many.
 
     Raises:
         TransferError: If it cannot be loaded, or does not fit the data.
@@ -43,7 +44,7 @@ def starting_backbone(model: Any, run: RunConfig, data: Data, *, adapt: bool, se
         task = run.task or data.columns.task
         labels = data.labels if data.labels is not None else data.outputs
         model = load_backbone(model, labels=labels, task=task, pretrained=run.pretrained, image_size=run.image_size)
-        return _without_adapter(model, adapt)
+        return _with_head_of_its_own(_without_adapter(model, adapt))
     check_fits(model.modality, data.columns)
     _check_loaded(model, run, data)
     return model
@@ -70,6 +71,22 @@ def _check_loaded(backbone: Backbone, run: RunConfig, data: Data) -> None:
             + (f": {unknown} are not in the model" if unknown else ", in this order")
             + ". Load the backbone with load_backbone(..., labels=data.labels)."
         )
+
+
+def _with_head_of_its_own(backbone: Backbone) -> Backbone:
+    """Starts the head anew where its rows were trained for other classes."""
+    from .freezing import shortened
+    from .loading.heads import start_anew
+
+    if backbone.renamed_from is None:
+        return backbone
+    logger.info(
+        "The head of %s is new: the checkpoint's was for other classes, %s.",
+        backbone.name,
+        ", ".join(shortened(backbone.renamed_from)),
+    )
+    start_anew(backbone.model)
+    return replace(backbone, renamed_from=None)
 
 
 def _without_adapter(backbone: Backbone, adapt: bool) -> Backbone:

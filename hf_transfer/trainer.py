@@ -12,13 +12,14 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from ._torchvision import make_torchvision_importable
 
@@ -33,7 +34,15 @@ from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
 from .errors import TransferError  # noqa: E402
 from .learning_rates import parameter_groups  # noqa: E402
-from .objective import CONTRACT_COLUMNS, Learner, Objective, Signal  # noqa: E402
+from .objective import (  # noqa: E402
+    CONTRACT_COLUMNS,
+    TEACHER_PREFIX,
+    Learner,
+    Objective,
+    Signal,
+    logits_of,
+    model_inputs,
+)
 from .plans import plan  # noqa: E402
 from .schedulers import DECAYS, decay_schedule  # noqa: E402
 from .transfer_config import TransferConfig  # noqa: E402
@@ -125,7 +134,7 @@ class TransferTrainer(Trainer):
 
     def _build_learner(self) -> None:
         """Made with the model as it starts, before a checkpoint is loaded: terms may remember the starting weights."""
-        self.learner = Learner(self.model, self.objectives, _anatomy(self.model))
+        self.learner = self.make_learner()
         self.learner.objectives.to(self.args.device)
         if self.optimizer is not None:
             held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -134,6 +143,10 @@ class TransferTrainer(Trainer):
                     "The optimizer that was passed does not hold the parameters that the objectives own: they would "
                     "never train. Pass optimizer_cls_and_kwargs=(class, options) instead, or set `optim`."
                 )
+
+    def make_learner(self) -> Learner:
+        """The module that computes the summed loss, around `self.model`; a subclass may connect its terms first."""
+        return Learner(self.model, self.objectives, _anatomy(self.model))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not any(p.requires_grad for p in self.model.parameters()):
@@ -148,6 +161,7 @@ class TransferTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
             self._build_learner()
+        self.before_training(max_steps)
         with self._learner_in_place():
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -155,6 +169,48 @@ class TransferTrainer(Trainer):
         if self.is_world_process_zero() and _anatomy(self.model) is not None:
             rates = ("learning_rate", "head_learning_rate", "layer_decay")
             logger.info("%s", plan(self.model, **{name: getattr(self.args, name, None) for name in rates}))
+
+    # ---- what a subclass with a teacher adds ------------------------------------------------------------------------
+
+    def before_training(self, max_steps: int) -> None:
+        """Called once all is known, before the model is wrapped; here nothing."""
+
+    def teacher_signal(self, inputs: Mapping[str, Any]) -> Any:
+        """What a teacher says of a training batch, for `step.teacher`; None without one."""
+        return None
+
+    def data_epoch(self, epoch: int) -> int:
+        """The epoch by which augmentation draws in this epoch of training."""
+        return epoch
+
+    def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
+        """Sees each batch of an evaluation, on this process; here nothing."""
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Metrics of what `observe_evaluation` saw since the last call, the same on every process; here none."""
+        return {}
+
+    def rows_in_order(self, dataset: Any) -> Any:
+        """This process's collated batches of a dataset on its device; all processes' together hold every row."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self._get_dataloader(
+                dataset,
+                "Rows in order",
+                self.args.eval_batch_size,
+                sampler_fn=lambda rows: SequentialSampler(cast(Any, rows)),
+            )
+        finally:
+            self.args.dataloader_drop_last = dropping
+
+    def sample_batch(self, rows: int = 2) -> dict[str, Any]:
+        """The first rows of the training data as one batch, on the CPU; reads nothing else."""
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            return self.data_collator(list(islice(dataset, rows)))
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        return self.data_collator([dataset[row] for row in range(min(rows, len(dataset)))])
 
     @contextmanager
     def _learner_in_place(self) -> Iterator[None]:
@@ -273,9 +329,12 @@ class TransferTrainer(Trainer):
             progress=progress,
             counts=self._counts if training else None,
             micro_batches=self.current_gradient_accumulation_steps if training else 1,
+            teacher=self.teacher_signal(inputs) if training else None,
         )
         if training:
             self._add_terms(signal.terms)
+        else:
+            self.observe_evaluation(inputs, logits_of(signal.outputs))
         loss = torch.full((), float("nan"), device=self.args.device) if signal.loss is None else signal.loss
         return (loss, _as_mapping(signal.outputs)) if return_outputs else loss
 
@@ -286,6 +345,22 @@ class TransferTrainer(Trainer):
         if inputs.get("labels") is None:
             inputs = _for_model(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
+        self.evaluation_metrics()  # forgets an evaluation that was interrupted
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        own = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation_metrics().items()}
+        return output._replace(metrics={**(output.metrics or {}), **own})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; a dataset never gets the persistent workers of another.
@@ -304,7 +379,8 @@ class TransferTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known = list(self._signature_columns or ())
-        self._signature_columns = [*known, *(name for name in CONTRACT_COLUMNS if name not in known)]
+        wanted = [*CONTRACT_COLUMNS, *(TEACHER_PREFIX + name for name in known)]
+        self._signature_columns = [*known, *(name for name in wanted if name not in known)]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if getattr(dataset, "format", {}).get("type") == "custom":
@@ -327,7 +403,7 @@ class TransferTrainer(Trainer):
         from .data.replay import dataset_epoch
 
         for counter in filter(None, map(dataset_epoch, (self.train_dataset, self.data_collator))):
-            counter.set(epoch)
+            counter.set(self.data_epoch(epoch))
         for sampler in _samplers(train_dataloader):
             if isinstance(sampler, LengthGroupedSampler):  # it draws from the global generator, which a resume moves
                 sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
@@ -524,7 +600,8 @@ def _flat(names: Any) -> Iterator[str]:
 
 def _for_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs without the contract's columns that no model takes."""
-    return {k: v for k, v in inputs.items() if k not in CONTRACT_COLUMNS or k == "labels"}
+    kept = model_inputs(inputs)
+    return kept if inputs.get("labels") is None else {**kept, "labels": inputs["labels"]}
 
 
 def _as_mapping(outputs: Any) -> Mapping[str, Any]:

@@ -309,6 +309,79 @@ def test_taps_read_the_copy_that_runs():
     assert not torch.allclose(on.values["classifier.dense"], off.values["classifier.dense"])
 
 
+# one network for each way in which maps are turned around: timm's output_fmt, linear layers only, both kinds
+@pytest.mark.parametrize("family", ["swin_transformer", "vision_transformer_sam", "tiny_vit", "convnext", "resnet"])
+def test_taps_give_maps_channels_first(family: str):
+    model = tiny.timm_model(family)
+    blocks = [block for block in Anatomy.of(model).blocks if block.width is not None]
+    raw: dict[str, Tensor] = {}
+    for block in blocks:
+        module = model.get_submodule(block.name)
+        module.register_forward_hook(lambda *args, name=block.name: raw.update({name: args[2]}))
+    with torch.no_grad(), Taps(model, [block.name for block in blocks]) as taps:
+        model(tiny.images(64 if family == "tiny_vit" else tiny.timm_side(family)))
+    maps = [block for block in blocks if raw[block.name].dim() == 4 and 1 not in raw[block.name].shape]
+    assert maps
+    for block in maps:
+        axis = raw[block.name].shape.index(block.width)
+        assert torch.equal(taps.values[block.name], raw[block.name].movedim(axis, 1))
+
+
+class Turned(nn.Module):
+    """A block with layers of both kinds, as ConvNeXt's; its output stays (N, C, H, W) or not."""
+
+    def __init__(self, width: int, last: bool) -> None:
+        super().__init__()
+        self.conv, self.linear, self.last = nn.Conv2d(width, width, 1), nn.Linear(width, width), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(self.conv(x).movedim(1, -1))
+        return x if self.last else x.movedim(-1, 1)
+
+
+class Grown(nn.Module):
+    """A block that concatenates, as DenseNet's: its width is in none of its parameters."""
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, growth, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(x)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axis"),
+    [
+        (nn.Conv2d(8, 8, 1), (2, 8, 8, 6), 1),  # as high as it has channels
+        (nn.Conv2d(8, 8, 1), (2, 8, 8, 8), 1),
+        (nn.Linear(8, 8), (2, 8, 8, 8), 3),
+        (nn.Linear(8, 8), (2, 6, 8, 8), 3),
+        (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 5)), (2, 6, 4, 8), 3),
+        (Grown(10, 4), (2, 10, 4, 4), 1),  # as high as it grows
+        (Turned(8, last=False), (2, 8, 6, 4), 1),
+        (Turned(8, last=False), (2, 8, 8, 4), 1),
+        (Turned(8, last=True), (2, 8, 6, 4), 3),
+        (nn.Identity(), (2, 8, 4, 4), 1),
+        (nn.Identity(), (2, 4, 4, 8), 3),
+    ],
+)
+def test_the_axis_of_channels(module: nn.Module, shape: tuple[int, ...], axis: int):
+    x = torch.randn(shape)
+    with torch.no_grad(), Taps(nn.Sequential(module), ["0"]) as taps:
+        raw = module(x)
+        nn.Sequential(module)(x)
+    assert torch.equal(taps.values["0"], raw.movedim(axis, 1))
+
+
+def test_where_every_axis_is_as_long_timm_says():
+    module = Turned(8, last=True)
+    module.output_fmt = "NHWC"  # type: ignore[assignment]
+    with torch.no_grad(), Taps(module, [""]) as taps:
+        raw = module(torch.randn(2, 8, 8, 8))
+    assert torch.equal(taps.values[""], raw.movedim(3, 1))
+
+
 # what every map must satisfy
 
 

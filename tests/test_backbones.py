@@ -9,9 +9,11 @@ import backbone_zoo as zoo
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_transfer import TransferError
 from hf_transfer.backbones import TASKS, load_backbone
+from hf_transfer.loading.heads import start_anew
 
 # ---- timm -----------------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,7 @@ def test_a_second_fine_tune_has_its_own_labels(tmp_path: Path):
     again.model.save_pretrained(tmp_path / "stock")  # as transformers' own Trainer would
     assert load_backbone(tmp_path / "stock").labels == ["x", "y"]
     renamed = load_backbone(tmp_path / "c", labels=["p", "q"])  # as many: the head stays
+    assert renamed.renamed_from == ["x", "y"] and again.renamed_from is None
     renamed.model.save_pretrained(tmp_path / "stock")
     assert load_backbone(tmp_path / "stock").labels == ["p", "q"]
     torch.testing.assert_close(zoo.logits(renamed.model, zoo.images()), zoo.logits(again.model, zoo.images()))
@@ -145,6 +148,75 @@ def test_real_timm_weights_load_as_timm_loads_them(shared):
     assert backbone.data_config["mean"] == (0.5, 0.5, 0.5)
     x = zoo.images(side=96)
     torch.testing.assert_close(zoo.logits(backbone.model, x), zoo.logits(direct, x))
+
+
+# ---- a trained head and the names of its classes ----------------------------------------------------------------------
+
+
+def conv_headed_folder(folder: Path) -> Path:
+    """A network whose classifier is a convolution."""
+    return zoo.timm_folder(folder, "dla46_c")
+
+
+def distilled_folder(folder: Path) -> Path:
+    """A network with two classifiers, whose mean is the answer."""
+    return zoo.timm_folder(folder, "deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+
+
+HEADS = {
+    "linear": (zoo.bert_folder, ["fair", "good", "bad"], zoo.tokens),
+    "convolution": (conv_headed_folder, ["eel", "cat", "dog"], zoo.images),
+    "two": (distilled_folder, ["eel", "cat", "dog"], zoo.images),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_rows_of_a_head_follow_their_names(tmp_path: Path, kind: str):
+    make, turned, inputs = HEADS[kind]
+    backbone = load_backbone(make(tmp_path / "model"))
+    again = load_backbone(tmp_path / "model", labels=turned)
+    logits = zoo.logits(backbone.model, inputs())
+    assert again.labels == turned == [backbone.labels[i] for i in (2, 0, 1)]
+    torch.testing.assert_close(zoo.logits(again.model, inputs()), logits[:, [2, 0, 1]])
+    again.save(tmp_path / "saved")
+    torch.testing.assert_close(zoo.logits(load_backbone(tmp_path / "saved").model, inputs()), logits[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_can_start_anew(tmp_path: Path, kind: str):
+    make, turned, inputs = HEADS[kind]
+    backbone = load_backbone(make(tmp_path / "model"))
+    heads = {name for name in backbone.model.state_dict() if name.startswith(backbone.anatomy.classifiers)}
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    torch.manual_seed(0)
+    start_anew(backbone.model)
+    for name, value in backbone.model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in heads), name
+        assert value.isfinite().all() and value.abs().max() < 5 and value.shape == before[name].shape
+    assert heads <= set(backbone.model.fresh_parameters)
+    assert all(parameter.requires_grad for parameter in backbone.model.parameters())
+    backbone.save(tmp_path / "saved")
+    assert set(zoo.logits(load_backbone(tmp_path / "saved").model, inputs()).shape) == {2, 3}
+
+
+def test_names_of_a_head_that_had_none_are_its_first(tmp_path: Path):
+    folder = zoo.bert_folder(tmp_path / "bert", labels=("LABEL_0", "LABEL_1", "LABEL_2"))
+    backbone = load_backbone(folder, labels=["p", "q", "r"])
+    assert backbone.renamed_from is None
+    torch.testing.assert_close(
+        zoo.logits(backbone.model, zoo.tokens()), zoo.logits(load_backbone(folder).model, zoo.tokens())
+    )
+
+
+@pytest.mark.parametrize("arguments", [{"labels": ["p", "q"]}, {"labels": 3}, {"task": "token-classification"}])
+def test_a_head_that_is_not_the_checkpoints_is_not_a_renamed_one(tmp_path: Path, arguments: dict):
+    zoo.bert_folder(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert/model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("classifier")}
+    if "task" in arguments:  # a body that kept the names of its classes
+        save_file(kept, tmp_path / "bert/model.safetensors", metadata={"format": "pt"})
+        arguments = {**arguments, "labels": ["p", "q", "r"]}
+    assert load_backbone(tmp_path / "bert", **arguments).renamed_from is None
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------

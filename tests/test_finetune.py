@@ -322,6 +322,44 @@ def test_second_fine_tune_with_new_labels(bases: Any, tmp_path: Path, tuning: st
     torch.testing.assert_close(model.state_dict()[name], learned, rtol=0, atol=1e-6)  # what was learned first is kept
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_second_fine_tune_with_as_many_other_labels(
+    bases: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, tuning: str
+) -> None:
+    """The head that the second run starts from: without a learning rate it is the one that is saved."""
+    first = run(bases["test_vit"], tiny.digits(classes=["3", "8"]), tmp_path / "first", tuning=tuning)
+    trained = merge(first.model).timm_model.head if tuning == "lora" else first.model.timm_model.head
+
+    def start(folder: str, *classes: str, seed: int = 0) -> torch.nn.Linear:
+        options = {"tuning": "linear_probe", "learning_rate": 1e-30, "weight_decay": 0.0, "seed": seed}
+        result = run(first.folder, tiny.digits(classes=classes), tmp_path / folder, **options)
+        assert result.backbone.labels == list(classes) and result.backbone.renamed_from is None
+        assert_same_images(result)
+        return result.model.timm_model.head
+
+    same, turned = start("same", "3", "8"), start("turned", "8", "3")
+    assert torch.equal(same.weight, trained.weight) and torch.equal(same.bias, trained.bias)
+    assert torch.equal(turned.weight, trained.weight.flip(0)) and torch.equal(turned.bias, trained.bias.flip(0))
+    assert "head of" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="hf_transfer"):
+        new = start("new", "3", "5")
+    assert f"The head of {first.folder} is new: the checkpoint's was for other classes, 3, 8." in caplog.text
+    for row in trained.weight:
+        assert torch.cosine_similarity(new.weight, row[None]).abs().max() < 0.5
+    assert new.bias.abs().max() < 1e-20 and 0.01 < new.weight.std() < 0.03  # as transformers starts it
+    assert torch.equal(start("again", "3", "5").weight, new.weight)
+    assert not torch.equal(start("seed", "3", "5", seed=1).weight, new.weight)
+
+
+def test_new_head_of_an_adapter_is_saved_with_it(bases: Any, tmp_path: Path) -> None:
+    """Frozen, because peft was not told of it, and yet not that of the base."""
+    from peft import LoraConfig
+
+    first = run(bases["test_vit"], tiny.digits(classes=["3", "8"]), tmp_path / "first")
+    untold = Peft(LoraConfig(r=2, target_modules=r".*attn\.qkv"))
+    assert_same_images(run(first.folder, tiny.digits(classes=["3", "5"]), tmp_path / "second", tuning=untold))
+
+
 def test_adapter_on_an_adapter_is_refused_with_a_way_out(bases: Any, tmp_path: Path) -> None:
     run(bases["test_vit"], tiny.digits(), tmp_path / "first", tuning="lora")
     with pytest.raises(TransferError, match=r"is an adapter.*merge\(backbone.model\)"):

@@ -100,6 +100,10 @@ class ImageTransform(Replayable):
         augmentation = Augmentation(names, config) if names else None
         return cls(column, config["input_size"], geometry, normalise, augmentation, train=train, seed=seed)
 
+    @property
+    def random(self) -> bool:
+        return self.augmentation is not None
+
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         ids = batch[EXAMPLE_ID]
         with borrowed_generators():

@@ -41,11 +41,16 @@ class EpochCounter:
 
 
 class Replayable:
-    """A transform of a dataset that draws randomness by epoch; the base of ours, by which the trainer finds them."""
+    """A transform of a dataset that may draw randomness by epoch; the base by which the trainer finds ours."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self.epoch = EpochCounter()
+
+    @property
+    def random(self) -> bool:
+        """Whether what it makes of a row depends on the epoch."""
+        return True
 
 
 def dataset_epoch(dataset: Any) -> EpochCounter | None:
@@ -55,15 +60,26 @@ def dataset_epoch(dataset: Any) -> EpochCounter | None:
         dataset: What `transforms.prepare` returned, also after select() or shuffle(); anything else has no counter.
 
     Returns:
-        The counter to `set` at the start of each epoch; None if nothing in it is random.
+        The counter to `set` at the start of each epoch; None if there is none.
     """
+    transform = _transform_of(dataset)
+    return None if transform is None else transform.epoch
+
+
+def is_random(dataset: Any) -> bool:
+    """Whether the rows of a prepared dataset differ from epoch to epoch, as they do under random augmentation."""
+    transform = _transform_of(dataset)
+    return transform is not None and transform.random
+
+
+def _transform_of(dataset: Any) -> Replayable | None:
     from datasets import Dataset
 
     while isinstance(dataset, torch.utils.data.Subset):
         dataset = dataset.dataset
     if isinstance(dataset, Dataset):
         dataset = dataset.format["format_kwargs"].get("transform")
-    return dataset.epoch if isinstance(dataset, Replayable) else None
+    return dataset if isinstance(dataset, Replayable) else None
 
 
 def key(*parts: int) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
+from .heads import follow_names, label_names, write_names
 from .image_sizes import image_shape
 from .repository import find_file, read_json
 from .request import Request
-from .transformers_models import label_names, resolve_task
+from .transformers_models import resolve_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,11 +63,17 @@ def load(request: Request, load_base: Callable[[Request], Any]) -> tuple[PeftMod
             f"The adapter {request.name!r} does not fit its base {base.name!r}: {str(error).strip()}. "
             "Give the labels= it was trained with, or correct base_model_name_or_path in adapter_config.json."
         ) from error
+    if request.label_names is not None:
+        write_names(base.model.config, request.label_names)
+    follow_names(model, base.labels)
     return model, base
 
 
 def _base_request(request: Request) -> Request:
-    """The request for the base: its name, and the saved labels, task and image size where none were asked for."""
+    """The request for the base: its name, and the saved labels, task and image size where none were asked for.
+
+    The base also has the saved labels where as many were asked for: so are the rows of the adapter's head ordered.
+    """
     name = _base_name(request)
     options = {key: value for key, value in request.options.items() if key not in ("revision", "subfolder")}
     wanted = replace(request, name=name, options=options)
@@ -74,9 +81,11 @@ def _base_request(request: Request) -> Request:
     if config is None:
         return wanted if request.labels is not None else replace(wanted, labels=_outputs_of_weights(request))
     task, modality = resolve_task(config, request)
+    names = label_names(config)
     if task != "causal-lm" and request.labels is None:
-        names = label_names(config)
         wanted = replace(wanted, labels=tuple(names) if names else config.num_labels)
+    elif names and request.label_names and len(names) == len(request.label_names):
+        wanted = replace(wanted, labels=tuple(names))
     if modality == "image":
         channels, size = image_shape(config)
         wanted = replace(wanted, image_size=request.image_size or size, in_chans=request.in_chans or channels)

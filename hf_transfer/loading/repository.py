@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..errors import TransferError
 from .request import Request
 
+_OURS = {"torchvision_classifier": "torchvision_models", "bilstm_classifier": "bilstm"}  # model type -> our module
 _MARKS = ("config.json", "adapter_config.json")  # one of them lies in every folder that holds a model
 
 
@@ -53,10 +55,8 @@ def read_json(request: Request, filename: str) -> dict[str, Any] | None:
             raise _no_model(request.folder)
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_type") == "torchvision_classifier":
-        from .. import (
-            torchvision_models as torchvision_models,
-        )  # registers its classes, so that no code need be trusted
+    if (ours := _OURS.get(config.get("model_type", ""))) is not None:
+        importlib.import_module(f"hf_transfer.{ours}")  # registers its classes, so that no code need be trusted
     return config
 
 

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
+from .heads import follow_names, label_names, set_labels
 from .request import Request
-from .transformers_models import check_loaded, resolve_task, set_labels
+from .transformers_models import check_loaded, resolve_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +90,7 @@ def load(request: Request) -> tuple[Any, str]:
     config.pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}  # absent where transformers made the model
     saved = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
     config.model_args = {**saved, **_overrides(request)}
+    names = label_names(config)
     task = _label(config, request)
     if not request.pretrained:
         return _wrapped(_create(config.architecture, config, request), config, request), task
@@ -103,7 +105,9 @@ def load(request: Request) -> tuple[Any, str]:
         )
     model, info = loaded
     model.fresh_parameters = check_loaded(model, info, _classifier(model), request.name)
-    return _resized(model, request), task
+    model = _resized(model, request)
+    follow_names(model, names)
+    return model, task
 
 
 def load_by_name(request: Request) -> tuple[Any, str]:

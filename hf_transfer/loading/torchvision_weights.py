@@ -8,9 +8,10 @@ from typing import Any
 from urllib.error import URLError
 
 from ..errors import TransferError
+from .heads import follow_names, set_labels
 from .processors import fit_to_images
 from .request import Request
-from .transformers_models import resolve_task, set_labels
+from .transformers_models import resolve_task
 
 PREFIX = "torchvision/"
 
@@ -51,12 +52,13 @@ def load_by_name(request: Request) -> tuple[Any, str, Any]:
         **request.overrides,
     )
     weights = _weights(architecture) if request.pretrained else None
-    named = request if weights is None or request.labels is not None else _with_labels(request, weights)
+    own = None if weights is None else _with_labels(request, weights)
     task, _ = resolve_task(config, request)
-    set_labels(config, named, task)
+    set_labels(config, request if own is None or request.labels is not None else own, task)
     model: Any = TorchvisionForImageClassification(config)
-    if weights is not None:
+    if weights is not None and own is not None:
         _load_weights(model, weights, request.name)
+        follow_names(model, own.label_names)
     model.to(request.dtype or model.dtype)
     return model.eval(), task, _processor(request, model, inception)
 

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
+from .heads import follow_names, label_names, set_labels
 from .image_sizes import resize_transformers
 from .request import Request
 
@@ -44,6 +45,7 @@ def load(request: Request) -> tuple[PreTrainedModel, str, str]:
     """
     config = _load_config(request)
     task, modality = resolve_task(config, request)
+    saved = label_names(config)
     set_labels(config, request, task)
     auto_class = _auto_class(task, modality)
     if request.pretrained:
@@ -65,6 +67,8 @@ def load(request: Request) -> tuple[PreTrainedModel, str, str]:
         model = resize_transformers(model, request)
     elif request.image_size is not None or request.in_chans is not None:
         raise TransferError(f"image_size and in_chans do not apply to {request.name!r}: it takes {modality}.")
+    if request.pretrained and task != "causal-lm":
+        follow_names(model, saved)
     return model, task, modality
 
 
@@ -150,32 +154,6 @@ def _own_task(config: PretrainedConfig, able: list[str]) -> str | None:
         if saved & {each.__name__ for each in (classes if isinstance(classes, tuple) else (classes,))}:
             return task
     return None
-
-
-def set_labels(config: PretrainedConfig, request: Request, task: str) -> None:
-    """Writes the new labels, and what kind of problem they make, into a configuration."""
-    if task == "causal-lm":
-        return
-    names = request.label_names
-    if names is not None:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
-    elif request.output_count is not None:
-        config.num_labels = request.output_count
-        config.id2label = {i: f"LABEL_{i}" for i in range(request.output_count)}
-        config.label2id = {name: i for i, name in config.id2label.items()}
-    if task == "regression":
-        config.problem_type = "regression"
-    elif request.labels is not None:
-        # Left open, the model's own loss decides by the labels' dtype, turns to BCE for soft ones, and saves that.
-        config.problem_type = "single_label_classification"
-
-
-def label_names(config: PretrainedConfig) -> list[str] | None:
-    """Label names of a configuration in id order; None where they are only placeholders."""
-    by_id: dict[Any, str] = config.id2label or {}
-    names = [by_id[i] for i in sorted(by_id)]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _head_names(model: PreTrainedModel, info: dict[str, Any]) -> set[str]:

@@ -150,8 +150,9 @@ class FeatureTerm(Objective):
             raise TransferError(
                 f"The term '{self.name}' needs the teacher's '{pair.teacher}', and its signal has {signal.contents()}."
             )
-        # autograd refuses to keep what was made in inference mode
-        return student, teacher.clone() if teacher.is_inference() else teacher
+        # autograd refuses to keep what was made in inference mode; a cache and a teacher of its own dtype are narrower
+        teacher = teacher.clone() if teacher.is_inference() else teacher
+        return student, teacher.to(torch.promote_types(teacher.dtype, student.dtype))
 
 
 class Projector(nn.Module):

@@ -34,6 +34,8 @@ class LogitTerm(Objective):
     """Whether `compare` reads class indices."""
     needs_classes: bool = True
     """Whether logits are made probabilities: with one output these are always 1."""
+    needs_all_logits: bool = True
+    """Whether `compare` reads the teacher's logits of all classes; else the largest will do."""
     couples_batch: bool = False
     """Whether `compare` returns one number for all items, not one value each."""
 

@@ -183,6 +183,8 @@ class SoftTargets(LogitTerm):
         TransferError: If an argument is out of its range; in training, if teacher and student do not fit together.
     """
 
+    needs_all_logits = False
+
     def __init__(
         self,
         temperature: float | Schedule = 4.0,
@@ -214,6 +216,8 @@ class JSD(LogitTerm):
     Raises:
         TransferError: If an argument is out of its range; in training, if teacher and student do not fit together.
     """
+
+    needs_all_logits = False
 
     def __init__(
         self,

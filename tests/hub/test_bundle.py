@@ -254,6 +254,38 @@ def test_a_second_fine_tune_of_an_adapter_has_a_new_head(tmp_path: Path):
     assert again.model.state_dict()[name].abs().sum() > 0  # what was learned stays
 
 
+def test_the_rows_of_an_adapters_head_follow_their_names(tmp_path: Path):
+    backbone = timm_adapter(tmp_path)  # its base has three classes
+    backbone.save(tmp_path / "run")
+    logits, turned = zoo.logits(backbone.model, zoo.images()), ["t", "s", "r", "q", "p"]
+    again = load_backbone(tmp_path / "run", labels=turned)
+    assert again.labels == turned and again.renamed_from is None
+    torch.testing.assert_close(zoo.logits(again.model, zoo.images()), logits.flip(1))
+    again.save(tmp_path / "again")
+    torch.testing.assert_close(zoo.logits(load_backbone(tmp_path / "again").model, zoo.images()), logits.flip(1))
+    renamed = load_backbone(tmp_path / "run", labels=["a", "b", "c", "d", "e"])
+    assert renamed.renamed_from == ["p", "q", "r", "s", "t"] and renamed.labels == ["a", "b", "c", "d", "e"]
+    torch.testing.assert_close(zoo.logits(renamed.model, zoo.images()), logits)
+
+
+@pytest.mark.parametrize("turned", [["fair", "good", "bad"], ["x", "y", "z"]])
+def test_an_adapter_keeps_its_head_whatever_the_base_calls_its_classes(tmp_path: Path, turned: list[str]):
+    backbone = load_backbone(zoo.bert_folder(tmp_path / "base"), labels=turned)
+    model = lora(backbone.model, ["query"], modules_to_save=["classifier"])
+    bundle.save(model, tmp_path / "run")
+    again = load_backbone(tmp_path / "run")
+    assert again.labels == turned and again.renamed_from is None
+    torch.testing.assert_close(zoo.logits(again.model, zoo.tokens()), zoo.logits(model, zoo.tokens()))
+
+
+def test_a_head_with_an_adapter_on_it_is_not_reordered(tmp_path: Path):
+    backbone = load_backbone(zoo.bert_folder(tmp_path / "base"))
+    bundle.save(lora(backbone.model, ["classifier"]), tmp_path / "run")
+    with pytest.raises(TransferError, match=r"An adapter is on the classifier 'classifier'.*merge"):
+        load_backbone(tmp_path / "run", labels=["fair", "good", "bad"])
+    assert load_backbone(tmp_path / "run").labels == ["good", "bad", "fair"]
+
+
 def test_an_adapter_names_its_base_by_an_absolute_path_and_writes_no_card(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     zoo.bert_folder(tmp_path / "base")

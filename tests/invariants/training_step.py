@@ -21,16 +21,16 @@ make_torchvision_importable()
 from datasets import Dataset  # noqa: E402
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification  # noqa: E402
 
-from hf_transfer import TransferConfig, TransferTrainer  # noqa: E402
-from hf_transfer.objectives import DANN, L2SP, CrossEntropy  # noqa: E402
+from hf_transfer import Backbone, DistillationConfig, DistillationTrainer, TransferConfig, TransferTrainer  # noqa: E402
+from hf_transfer.objectives import DANN, L2SP, CrossEntropy, Hint, SoftTargets  # noqa: E402
 
 ROWS, CLASSES = 16, 3
 
 
-def tiny_model(modality: str) -> torch.nn.Module:
+def tiny_model(modality: str, width: int = 16) -> torch.nn.Module:
     """A network without dropout or batch statistics, so that only the cut of the batch could make a difference."""
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    size = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
     if modality == "text":
         return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **size, **still))
@@ -51,11 +51,31 @@ def rows(modality: str) -> Dataset:
 
 
 def terms(name: str) -> list:
-    """The terms by name; `dann` owns a discriminator, `none` leaves the model's own loss."""
+    """The terms by name; `dann` owns a discriminator, `distil` a projector, `none` leaves the model's own loss."""
     torch.manual_seed(2)
+    if name == "distil":
+        return [SoftTargets(temperature=2.0, weight=0.9), Hint(layers="last", weight=0.5)]
     return (
         [CrossEntropy(), DANN(weight=0.5, schedule=lambda progress: 0.7), L2SP(weight=0.1)] if name == "dann" else []
     )
+
+
+def backbone(model: torch.nn.Module, modality: str) -> Backbone:
+    """The network with what a teacher and its student must know of each other."""
+    image = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    data_config = image if modality == "image" else None
+    return Backbone(model, None, modality, f"{modality}-classification", "tiny", ["a", "b", "c"], data_config)
+
+
+def make_trainer(model: torch.nn.Module, owned: list, objectives: str, modality: str, **options) -> TransferTrainer:
+    """The Trainer; for `distil` with a wider teacher."""
+    if objectives != "distil":
+        return TransferTrainer(
+            model=model, objectives=owned, args=TransferConfig(**options["args"]), **options["rest"]
+        )
+    args = DistillationConfig(**options["args"], hard_weight=0.1, teacher_cache="never")
+    teacher = backbone(tiny_model(modality, width=24), modality)
+    return DistillationTrainer(backbone(model, modality), teacher, owned, args, **options["rest"])
 
 
 def gradient(modality: str, objectives: str, batch: int, accumulation: int) -> dict:
@@ -65,14 +85,24 @@ def gradient(modality: str, objectives: str, batch: int, accumulation: int) -> d
     if objectives == "none":  # the model's own loss averages over the rows of a micro-batch: all must be labelled
         data = data.remove_columns(["labels", "domain"]).add_column("labels", [i % CLASSES for i in range(ROWS)])
     with tempfile.TemporaryDirectory() as folder:
-        args = TransferConfig(
-            output_dir=folder, per_device_train_batch_size=batch, max_steps=1, learning_rate=1.0, optim="sgd",
-            gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", max_grad_norm=0.0,
-            train_sampling_strategy="sequential", save_strategy="no", report_to="none", use_cpu=True,
-            disable_tqdm=True, logging_steps=1,
-        )  # fmt: skip
+        args = {
+            "output_dir": folder,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 1,
+            "learning_rate": 1.0,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        }
         owned = terms(objectives)
-        trainer = TransferTrainer(model=model, args=args, train_dataset=data, objectives=owned)
+        trainer = make_trainer(model, owned, objectives, modality, args=args, rest={"train_dataset": data})
         watched = torch.nn.ModuleList([model, *owned])
         before = {name: p.detach().clone() for name, p in watched.named_parameters()}
         trainer.train()
@@ -87,7 +117,7 @@ def main() -> None:
     for cut in cuts:
         batch, accumulation = map(int, cut.split("x"))
         for modality in ("image", "text"):
-            for objectives in ("none", "dann"):
+            for objectives in ("none", "dann", "distil"):
                 results[cut, modality, objectives] = gradient(modality, objectives, batch, accumulation)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(results, out)

@@ -1,0 +1,218 @@
+"""Which rows a teacher was asked about, and in which shape: two hashes that a cache is keyed by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.audio_transforms import AudioTransform
+from ..data.columns import EXAMPLE_ID, LABELS
+from ..data.image_transforms import ImageTransform
+from ..data.replay import EpochCounter, Replayable
+from ..errors import TransferError
+from .teacher_inputs import TeacherInputRows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BATCH = 1000  # rows that are hashed at a time
+_WHOLE, _BLOCK, _BLOCKS = 1 << 16, 1 << 14, 4  # bytes: files up to _WHOLE are read whole, of others _BLOCKS blocks
+_DRAWN_BY = ("torch", "torchvision", "pillow")  # random augmentation may change with a release of one of these
+
+
+def data_signature(dataset: Any) -> str:
+    """A hash of the rows and what is in them, whatever their order. Labels do not count: no teacher reads them.
+
+    Of an image or sound that is a file beside the data, and larger than 64 KiB, its size and four blocks of 16 KiB
+    are read; all else is read whole.
+
+    Args:
+        dataset: What `transforms.prepare` returned, also after select() or shuffle(), or a torch Subset of it.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        TransferError: If it is no such dataset, or its rows have no `example_id`.
+    """
+    return _hash([_rows_hash(rows.with_format("arrow")) for rows in _parts(dataset)])
+
+
+def transform_signature(dataset: Any) -> str:
+    """A hash of what is done to a row before a network sees it: preprocessing, size, augmentation and its seed.
+
+    The epoch does not count: it says which view of a row is read. The seed counts where something is drawn with it, as
+    do then the libraries that draw. Text is tokenised when it is prepared, which `data_signature` sees. What a
+    collator does is not seen: blends (mixup, CutMix) depend on the batch, and no cache of rows holds answers to them.
+
+    Args:
+        dataset: As for `data_signature`.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        TransferError: If a transform cannot be told from another.
+    """
+    return _hash([_transform_facts(rows.format["format_kwargs"].get("transform")) for rows in _parts(dataset)])
+
+
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _parts(dataset: Any) -> list[Dataset]:
+    """The datasets that a row is made of: the student's, and the teacher's where it has inputs of its own."""
+    from datasets import Dataset
+
+    if isinstance(dataset, TeacherInputRows):
+        return [dataset.dataset, dataset.teacher_rows.select(dataset.places)]
+    if type(dataset) is torch.utils.data.Subset:  # what a subclass gives is not known
+        return [rows.select(list(dataset.indices)) for rows in _parts(dataset.dataset)]
+    if not isinstance(dataset, Dataset):
+        raise TransferError(
+            f"A teacher cache needs data whose rows can be told apart: a datasets.Dataset from "
+            f"hf_transfer.data.transforms.prepare(), got {type(dataset).__name__}. Use the teacher live for others."
+        )
+    return [dataset]
+
+
+def _rows_hash(rows: Dataset) -> str:
+    """A hash of one dataset, which gives Arrow tables."""
+    if EXAMPLE_ID not in rows.column_names:
+        raise TransferError(
+            f"A teacher cache is keyed by {EXAMPLE_ID!r}, and the data has no such column; it has "
+            f"{', '.join(rows.column_names)}. Prepare it with hf_transfer.data.transforms.prepare()."
+        )
+    names = sorted(set(rows.column_names) - {EXAMPLE_ID, LABELS})
+    ids, digests = [], []
+    for table in rows.iter(_BATCH):
+        ids.append(table[EXAMPLE_ID].to_numpy().astype(np.int64))
+        digests += _row_digests([_cells(table[name]) for name in names], len(table))
+    example_ids = np.concatenate([np.empty(0, np.int64), *ids])
+    whole = hashlib.sha256(json.dumps(names).encode())
+    for i in np.argsort(example_ids, kind="stable"):
+        whole.update(int(example_ids[i]).to_bytes(8, "little"))
+        whole.update(digests[i])
+    return whole.hexdigest()
+
+
+def _row_digests(columns: list[list[bytes]], rows: int) -> list[bytes]:
+    digests = []
+    for i in range(rows):
+        digest = hashlib.blake2b(digest_size=16)
+        for cells in columns:
+            digest.update(len(cells[i]).to_bytes(8, "little"))  # so that no byte can move to the next column
+            digest.update(cells[i])
+        digests.append(digest.digest())
+    return digests
+
+
+def _cells(column: Any) -> list[bytes]:
+    """A column of an Arrow table, each cell as bytes: those of int32 and int64 token ids are the same."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    array = column.combine_chunks()
+    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if is_list and pa.types.is_integer(array.type.value_type) and not array.null_count and len(array):
+        values = array.flatten()  # of these rows only, whatever the slice
+        if not values.null_count:
+            ends = np.cumsum(array.value_lengths().to_numpy(zero_copy_only=False))
+            cut = np.split(values.to_numpy(zero_copy_only=False).astype(np.int64), ends[:-1])
+            return [part.tobytes() for part in cut]
+    return [_content(cell) for cell in array.to_pylist()]
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:  # an image or a sound
+        if value["bytes"] is not None:
+            return value["bytes"]
+        return b"" if value["path"] is None else _file(Path(value["path"]))
+    return json.dumps(value, default=lambda x: x.hex() if isinstance(x, bytes) else str(x)).encode()
+
+
+def _file(path: Path) -> bytes:
+    """Size and blocks of a file; never where this machine keeps it."""
+    if not path.is_file():
+        return path.name.encode()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return file.read()
+        blocks = [size.to_bytes(8, "little")]
+        for i in range(_BLOCKS):
+            file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+            blocks.append(file.read(_BLOCK))
+    return b"".join(blocks)
+
+
+def _transform_facts(transform: Any) -> Any:
+    if transform is None:
+        return None
+    if isinstance(transform, ImageTransform):
+        parts: dict[str, Any] = {"size": transform.size, "then": transform.normalise, "first": transform.geometry}
+        if transform.augmentation is not None:
+            parts |= {"augmentation": transform.augmentation, "seed": transform.seed, "drawn by": _versions()}
+        return _facts(parts)
+    if isinstance(transform, Replayable):
+        return _facts([transform, _versions()])
+    if isinstance(transform, AudioTransform):
+        return _facts(transform)
+    raise TransferError(
+        f"The data carries a transform that cannot be replayed or told from another: {type(transform).__name__}. "
+        "Prepare it with hf_transfer.data.transforms.prepare(), derive the transform from "
+        "hf_transfer.data.replay.Replayable, or use the teacher live."
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name).partition("+")[0] for name in _DRAWN_BY}  # 2.15.0+cpu draws as 2.15.0+cu130 does
+
+
+def _facts(value: Any) -> Any:
+    """A transform's parts as JSON: whatever it keeps in its attributes, and nothing of where it is in memory."""
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, EpochCounter):
+        return "epoch"
+    if isinstance(value, Enum):
+        return [_name(type(value)), value.name]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, Mapping):
+        return {str(key): _facts(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(_facts(item)) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_facts(item) for item in value]
+    if isinstance(value, (FeatureExtractionMixin, ImageProcessingMixin)):
+        return [_name(type(value)), _facts(value.to_dict())]
+    if isinstance(value, (type, torch.dtype)) or not hasattr(value, "__dict__"):
+        return str(value)
+    return _named(value)
+
+
+def _named(value: Any) -> Any:
+    if not hasattr(value, "__qualname__"):
+        return [_name(type(value)), _facts(vars(value))]
+    if "<" in value.__qualname__:  # <lambda>, <locals>: what it closes over is not seen
+        raise TransferError(f"A transform holds the function {value.__qualname__}: give it one of a module.")
+    return _name(value)
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"

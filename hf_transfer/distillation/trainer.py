@@ -1,0 +1,370 @@
+"""DistillationTrainer: a TransferTrainer whose terms see what a teacher says of each batch.
+
+    trainer = DistillationTrainer(
+        model=student, teacher="runs/teacher",
+        objectives=[SoftTargets(temperature=4.0, weight=0.9), Hint(layers="last")],
+        args=DistillationConfig(output_dir="student", hard_weight=0.1),
+        train_dataset=train, eval_dataset=validation, processing_class=processor)
+    trainer.train()
+
+The teacher is asked outside the module that is trained and wrapped: it is placed once a process, never trained, never
+saved. What is known of transformers' Trainer stays in trainer.py: here are the methods that it offers for this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..data.replay import dataset_epoch, is_random
+from ..errors import TransferError
+from ..objective import Learner, Objective, model_inputs
+from ..objectives import JSD, MSE, CrossEntropy, SoftTargets
+from ..objectives._layers import FeatureTerm
+from ..objectives._teacher import LogitTerm
+from ..trainer import TransferTrainer
+from .cache import CachedTeacher, CacheKey, TeacherCache, write_cache
+from .cache_choice import CacheCosts, cache_bytes, free_bytes, prefers_cache
+from .config import DistillationConfig
+from .fidelity import Fidelity, gain_recovered, miscalibrated
+from .live import NetworkTeacher
+from .mapping import connect
+from .memory import RememberingTeacher
+from .signature import data_signature, transform_signature
+from .teacher import Teacher, as_teacher, backbone_of
+
+if TYPE_CHECKING:
+    from .signal import TeacherSignal
+
+logger = logging.getLogger(__name__)
+
+MEASURED_BATCHES = 3
+
+
+class DistillationTrainer(TransferTrainer):
+    """A TransferTrainer with a teacher.
+
+    Args:
+        model: The student: a network, or a Backbone.
+        teacher: A folder, a Hub id, a network, a Backbone, a Teacher (a cache among them), or a list of these, whose
+            probabilities are averaged.
+        objectives: The terms that learn from the teacher; by default `SoftTargets(temperature=4.0, weight=0.9)`. The
+            task's own loss against the labels joins them with `args.hard_weight`.
+        args: A DistillationConfig.
+        processing_class: The student's processor; by it the teacher's inputs are made from the student's.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        TransferError: If teacher, student, terms and data do not fit together.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
+    """
+
+    args: DistillationConfig
+
+    def __init__(
+        self,
+        model: nn.Module | Backbone,
+        teacher: Any,
+        objectives: Sequence[Objective] | None = None,
+        args: DistillationConfig | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DistillationConfig() if args is None else args
+        if not isinstance(args, DistillationConfig):
+            raise TransferError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+        if not isinstance(model, (nn.Module, Backbone)):
+            raise TransferError(f"model must be the student, a network or a Backbone, got {model!r}.")
+        self.student = model if isinstance(model, Backbone) else backbone_of(model, processing_class)
+        self._teacher = teacher
+        self.teacher: Teacher
+        self.training_teacher: Teacher
+        self._scoring_teacher: Teacher | None = None
+        self._fidelity: Fidelity | None = None
+        super().__init__(
+            model=self.student.model,
+            args=args,
+            objectives=self._with_hard_term(objectives, args.hard_weight),
+            processing_class=self.student.processor if processing_class is None else processing_class,
+            **kwargs,
+        )
+
+    def _with_hard_term(self, objectives: Sequence[Objective] | None, weight: float) -> list[Objective]:
+        causal = self.student.task == "causal-lm"
+        if objectives is None:
+            temperature = 1.0 if causal else 4.0
+            objectives = [SoftTargets(temperature, shift=causal, weight=0.9)]
+        terms: list[Objective] = list(objectives)
+        if not weight:
+            return terms
+        hard = MSE(weight=weight) if self.student.task == "regression" else CrossEntropy(shift=causal, weight=weight)
+        return [*terms, hard]
+
+    # ---- teacher and terms ------------------------------------------------------------------------------------------
+
+    def make_learner(self) -> Learner:
+        """The Learner, its terms connected to the teacher's layers; in chunks of tokens if the arguments say so."""
+        self.teacher = as_teacher(
+            self._teacher, self.student, dtype=_dtype(self.args.teacher_dtype), compile=self.args.teacher_compile,
+            quantize=self.args.teacher_quantize,
+        ).to(self.args.device)  # fmt: skip
+        self.training_teacher = self.teacher
+        if not isinstance(self.teacher, CachedTeacher):
+            self._scoring_teacher = RememberingTeacher(self.teacher)
+        self._connect_terms()
+        if self.args.chunk_tokens is None:
+            return super().make_learner()
+        from .chunked import ChunkedLearner, ChunkedTeacher
+
+        if isinstance(self.teacher, NetworkTeacher):
+            self.training_teacher = ChunkedTeacher(cast(Any, self.teacher))
+        return ChunkedLearner(self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens)
+
+    def _connect_terms(self) -> None:
+        terms = [term for term in self.objectives if isinstance(term, FeatureTerm)]
+        if not terms:
+            return
+        if not isinstance(self.teacher, NetworkTeacher):
+            raise TransferError(
+                f"The terms {[term.name for term in terms]} compare layers, and {type(self.teacher).__name__} has one "
+                "set of predictions, not one network with layers. Give one live teacher, or leave these terms out."
+            )
+        batch = self.sample_batch()
+        teacher = self.teacher
+        connect(terms, self.student, teacher.backbone, model_inputs(batch), teacher.bridge(batch))
+        layers = dict.fromkeys(layer for term in terms for layer in term.teacher_layers)
+        teacher.watch(list(layers), any(term.uses_features for term in terms))
+
+    # ---- live or cached ---------------------------------------------------------------------------------------------
+
+    def before_training(self, max_steps: int) -> None:
+        """Chooses whether the teacher answers live or from a cache, and writes the cache."""
+        mode = self.args.teacher_cache
+        if isinstance(self.teacher, CachedTeacher) or mode == "never":
+            return
+        obstacle = self._why_no_cache()
+        if obstacle is not None:
+            if mode == "always":
+                raise TransferError(f"teacher_cache='always': {obstacle}")
+            logger.info("Teacher live: %s", obstacle)
+            return
+        epochs = max_steps * self._rows_a_step() / len(cast(Any, self.train_dataset))
+        views = min(self.args.teacher_cache_views, max(1, round(epochs))) if is_random(self.train_dataset) else 1
+        key = self._cache_key(views)
+        folder = self._cache_folder(key)
+        if not (folder / "manifest.json").exists() and mode == "auto":
+            worth, why = prefers_cache(self._costs(views, epochs, folder))
+            logger.info("Teacher %s", why)
+            if not self._agreed(worth):
+                return
+        cache = self._write_cache(folder, key)
+        self.training_teacher = CachedTeacher(cache, self.teacher.labels).to(self.args.device)
+        logger.info("Teacher cached in %s: %d view(s) of each row", folder, views)
+
+    def _why_no_cache(self) -> str | None:
+        """What stands against a cache; None if nothing does."""
+        layered = [t.name for t in self.objectives if isinstance(t, FeatureTerm) and t.teacher_layers]
+        if layered:
+            return f"the terms {layered} read the teacher's layers, which are not cached."
+        if not isinstance(self.train_dataset, Dataset):
+            return "the training data is not a datasets.Dataset of prepare(), whose rows can be told apart."
+        if "example_id" not in self.sample_batch():
+            return "the rows have no example_id: prepare them with hf_transfer.data.transforms.prepare()."
+        if getattr(self.data_collator, "mixing", None) is not None:
+            return "mixup and CutMix make new images of each batch, which no cache holds."
+        if self.args.teacher_cache_top_k is None:
+            return None
+        others = [t.name for t in self.objectives if isinstance(t, LogitTerm) and t.needs_all_logits]
+        return f"the terms {others} need all logits, and teacher_cache_top_k keeps some." if others else None
+
+    def _cache_key(self, views: int) -> CacheKey:
+        return CacheKey(
+            teacher=self.teacher.fingerprint(),
+            data=data_signature(self.train_dataset),
+            transform=transform_signature(self.train_dataset),
+            views=views,
+        )
+
+    def _cache_folder(self, key: CacheKey) -> Path:
+        from huggingface_hub import constants
+
+        root = self.args.teacher_cache_dir
+        home = Path(constants.HF_HOME) / "hf_transfer" / "teachers" if root is None else Path(root)
+        kept = "all"
+        if self.args.teacher_cache_top_k is not None:
+            kept = (
+                f"top{self.args.teacher_cache_top_k}-at-{'-'.join(f'{t:g}' for t in _temperatures(self.objectives))}"
+            )
+        if self._caches_features():
+            kept += "-features"
+        return home / f"{key.teacher[:12]}-{key.data[:12]}-{key.transform[:12]}-{key.views}-{kept}"
+
+    def _caches_features(self) -> bool:
+        return any(isinstance(term, FeatureTerm) for term in self.objectives)
+
+    def _rows_a_step(self) -> int:
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _costs(self, views: int, epochs: float, folder: Path) -> CacheCosts:
+        rows = len(cast(Any, self.train_dataset))
+        batches = iter(self.rows_in_order(self.train_dataset))
+        teacher: list[float] = []
+        loading: list[float] = []
+        signal = None
+        while len(teacher) <= MEASURED_BATCHES:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            loaded = time.perf_counter()
+            signal = self.teacher(batch)
+            _wait_for(self.args.device)
+            loading.append(loaded - started)
+            teacher.append(time.perf_counter() - loaded)
+        assert signal is not None  # the data has rows: the Trainer has looked
+        shape = signal.logits_shape or ()
+        kept = self.args.teacher_cache_top_k
+        numbers = torch.Size(shape[1:-1]).numel() * (shape[-1] if kept is None else 2 * kept + 2)
+        in_all = rows / self.args.world_size / self.args.eval_batch_size
+        return CacheCosts(
+            teacher=median(teacher[1:] or teacher),  # the first one warms up
+            loading=median(loading[1:] or loading),
+            batches=max(1, round(in_all)),
+            epochs=epochs,
+            views=views,
+            size=cache_bytes(rows, numbers, views),
+            free=free_bytes(folder),
+        )
+
+    def _agreed(self, worth: bool) -> bool:
+        """The first process's choice, which all follow."""
+        chosen = torch.tensor(float(worth and self.is_world_process_zero()), device=self.args.device)
+        return bool(self.accelerator.reduce(chosen, "sum") > 0)
+
+    def _write_cache(self, folder: Path, key: CacheKey) -> TeacherCache:
+        counter = dataset_epoch(self.train_dataset)
+
+        def batches(view: int) -> Iterator[Any]:
+            if counter is not None:
+                counter.set(view)
+            yield from self.rows_in_order(self.train_dataset)
+
+        return write_cache(
+            folder,
+            key,
+            self.teacher,
+            batches,
+            top_k=self.args.teacher_cache_top_k,
+            temperatures=_temperatures(self.objectives),
+            features=self._caches_features(),
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            wait=self.accelerator.wait_for_everyone,
+        )
+
+    def data_epoch(self, epoch: int) -> int:
+        """With a cache, the view that is read; augmentation draws it again."""
+        if not isinstance(self.training_teacher, CachedTeacher):
+            return epoch
+        self.training_teacher.view = epoch % self.training_teacher.views
+        return self.training_teacher.view
+
+    def teacher_signal(self, inputs: Mapping[str, Any]) -> TeacherSignal:
+        """What the teacher says of a training batch, live or from the cache."""
+        return self.training_teacher(inputs)
+
+    # ---- fidelity ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
+        """Compares student and teacher on a batch of an evaluation, all processes' rows once."""
+        if self._scoring_teacher is None:
+            return
+        if self._fidelity is None:
+            self._fidelity = Fidelity(regression=self.student.task == "regression")
+        said = self._scoring_teacher(inputs).logits
+        assert said is not None  # a live teacher gives all logits
+        seen: list[Tensor | None] = [logits, said, inputs.get("labels")]
+        if self.student.task == "causal-lm":  # token t's logits are for token t + 1
+            seen = [logits[:, :-1], said[:, :-1], inputs["labels"][:, 1:]]
+        if self.args.world_size > 1:  # as the Trainer does: the rows that fill up the last batch are dropped
+            seen = [None if x is None else self._gathered(x, -100 if x is seen[2] else 0) for x in seen]
+        self._fidelity.update(*cast(Any, seen))
+
+    def _gathered(self, values: Tensor, filler: int) -> Tensor:
+        if values.dim() > 1 and self.student.task in ("token-classification", "causal-lm"):
+            values = self.accelerator.pad_across_processes(values, dim=1, pad_index=filler)
+        return self.accelerator.gather_for_metrics(values)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """How near the student is to its teacher, on the rows of the last evaluation."""
+        fidelity, self._fidelity = self._fidelity, None
+        if fidelity is None:
+            return {}
+        found = fidelity.result()
+        if self.args.baseline_score is not None and "student_accuracy" in found:
+            scores = found["student_accuracy"], found["teacher_accuracy"]
+            found["gain_recovered"] = gain_recovered(*scores, self.args.baseline_score)
+        if self.is_world_process_zero():
+            self._warn_of(found)
+        return found
+
+    def _warn_of(self, found: Mapping[str, float]) -> None:
+        if "student_accuracy" not in found:
+            return
+        if found["teacher_accuracy"] < found["student_accuracy"]:
+            logger.warning(
+                "The student (accuracy %.4f) is better than its teacher (%.4f) on these rows: is it the right "
+                "teacher, and does it see its inputs as in its training?",
+                found["student_accuracy"],
+                found["teacher_accuracy"],
+            )
+        if (flag := miscalibrated(found["student_ece"], found["teacher_ece"])) is not None:
+            logger.warning("%s", flag)
+
+    @torch.no_grad()
+    def student_logits(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The student's logits and the labels of a dataset, on the CPU, the same on every process.
+
+        Args:
+            dataset: Prepared rows with labels.
+
+        Returns:
+            (N, C) float32 and (N,).
+        """
+        model, training = self.model, self.model.training
+        model.eval()
+        logits, labels = [], []
+        for batch in self.rows_in_order(dataset):
+            outputs = model(**model_inputs(batch))
+            seen = outputs.logits if hasattr(outputs, "logits") else outputs["logits"]
+            logits.append(self.accelerator.gather_for_metrics(seen.float()).cpu())
+            labels.append(self.accelerator.gather_for_metrics(batch["labels"]).cpu())
+        model.train(training)
+        return torch.cat(logits), torch.cat(labels)
+
+
+def _temperatures(terms: Sequence[Objective]) -> tuple[float, ...]:
+    """Those at which terms that can do with the largest logits will ask."""
+    asked = {term.temperature for term in terms if isinstance(term, (SoftTargets, JSD))}
+    return tuple(sorted(float(t) for t in asked if not callable(t))) or (1.0,)
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
