@@ -100,14 +100,15 @@ class BiLstmForSequenceClassification(PreTrainedModel):
         self.bilstm = BiLstmEncoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.dense = nn.Linear(2 * config.hidden_size, config.classifier_size)
-        self.classifier = nn.Linear(config.classifier_size, config.num_labels)
+        outputs: Any = config.num_labels
+        self.classifier = nn.Linear(config.classifier_size, outputs)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The word vectors."""
         return self.bilstm.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replaces the word vectors."""
         self.bilstm.embeddings = value
 

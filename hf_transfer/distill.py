@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -62,7 +62,9 @@ class DistillationRun(RunConfig):
     """
 
     teacher: str = flag("The teacher: Hub id, local folder, timm name or torchvision/NAME.", default="")
-    objectives: list[str] | None = flag("Terms as in Python, e.g. 'SoftTargets(temperature=2.0)'.", default=None)
+    objectives: list[str] | None = field(
+        default=None, metadata={"help": "Terms as in Python, e.g. 'SoftTargets(temperature=2.0)'."}
+    )
     baseline: str | None = flag("Run folder of the same student without a teacher.", default=None)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ def distill(
         TransferError: For bad input, before any training.
     """
     from .distillation.config import DistillationConfig
+    from .hub.leaks import shown_name
     from .plans import plan
     from .run_folder import run_facts
     from .tuning import tuning_from_name
@@ -129,7 +132,7 @@ def distill(
     trained = plan(student.model, learning_rate=args.learning_rate)
     facts = {
         **run_facts(run, args, used, data, {split: prepared[split] for split in data.splits}),
-        "teacher": shown(run.teacher),
+        "teacher": shown_name(run.teacher),
         "tuning_settings": str(tuning),
         "objectives": [str(term) for term in trainer.objectives],
         "trainable_parameters": trained.trainable,
@@ -223,11 +226,11 @@ def _rows(
 ) -> tuple[dict[str, Any], Any]:
     """The splits for the student, with a teacher's own inputs where it reads rows in another way; the collator."""
     from .data.collate import collator_for
-    from .distillation.bridge import Bridge, TeacherInputs, with_teacher_inputs
+    from .distillation.bridge import TeacherInputs, reads_otherwise, with_teacher_inputs
 
     prepared = prepare_splits(data, student, run, args)
     collator = collator_for(student, mixup=run.mixup, cutmix=run.cutmix, seed=args.seed)
-    others = [teacher for teacher in teachers if Bridge(student, teacher).needs_columns]
+    others = [teacher for teacher in teachers if reads_otherwise(teacher, student)]
     if not others:
         return prepared, collator
     if len(teachers) > 1:
@@ -296,12 +299,11 @@ def _costs(trainer: DistillationTrainer, prepared: Mapping[str, Any]) -> dict[st
 
 def _calibrate(trainer: DistillationTrainer, prepared: Mapping[str, Any]) -> dict[str, float]:
     """Fits one temperature on validation data and writes it into the config: `config.calibration_temperature`."""
-    from .data.columns import LABELS
     from .evaluation.calibration import expected_calibration_error, fit_temperature
 
     if "validation" not in prepared or not trainer.student.task.endswith("-classification"):
         return {}
-    if trainer.student.task == "token-classification" or LABELS not in prepared["validation"].column_names:
+    if trainer.student.task == "token-classification":
         return {}
     logits, labels = trainer.student_logits(prepared["validation"])
     temperature = fit_temperature(logits, labels)

@@ -164,7 +164,12 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"name={self.name!r}, weight={self.weight!r}"
+        """What it was made with, as far as attributes of its own tell."""
+        told = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        simple = {
+            name: value for name, value in told.items() if callable(value) or isinstance(value, (int, float, str))
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in simple.items())
 
 
 @dataclass

@@ -150,6 +150,7 @@ def card_facts(backbone: Backbone, facts: dict[str, Any], name: str) -> Any:
         selection=facts["selection"],
         seed=facts["seed"],
         versions=facts["versions"],
+        teacher=facts.get("teacher"),
     )
 
 

@@ -69,7 +69,7 @@ def _check_loaded(backbone: Backbone, run: RunConfig, data: Data) -> None:
         raise TransferError(
             f"The data's labels {data.labels} are not the model's {backbone.labels}"
             + (f": {unknown} are not in the model" if unknown else ", in this order")
-            + ". Load the backbone with load_backbone(..., labels=data.labels)."
+            + ". Load it with load_backbone(..., labels=data.labels), or pass its name, for a head of the data's own."
         )
 
 

@@ -36,7 +36,6 @@ from .errors import TransferError  # noqa: E402
 from .learning_rates import parameter_groups  # noqa: E402
 from .objective import (  # noqa: E402
     CONTRACT_COLUMNS,
-    TEACHER_PREFIX,
     Learner,
     Objective,
     Signal,
@@ -178,6 +177,10 @@ class TransferTrainer(Trainer):
     def teacher_signal(self, inputs: Mapping[str, Any]) -> Any:
         """What a teacher says of a training batch, for `step.teacher`; None without one."""
         return None
+
+    def extra_columns(self) -> Sequence[str]:
+        """Columns of the data that batches keep beside the model's own and the contract's."""
+        return ()
 
     def data_epoch(self, epoch: int) -> int:
         """The epoch by which augmentation draws in this epoch of training."""
@@ -379,7 +382,7 @@ class TransferTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known = list(self._signature_columns or ())
-        wanted = [*CONTRACT_COLUMNS, *(TEACHER_PREFIX + name for name in known)]
+        wanted = [*CONTRACT_COLUMNS, *self.extra_columns()]
         self._signature_columns = [*known, *(name for name in wanted if name not in known)]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -532,6 +535,7 @@ class TransferTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._finalize_training(*args, **kwargs)
+        cast(Any, plain_model(self.model)).was_trained = True  # a new head is new no more: it may teach
         if self.ema is not None:  # from here on the average is the model
             self.ema.swap(self.model)
             self.ema = None

@@ -150,7 +150,7 @@ def test_real_timm_weights_load_as_timm_loads_them(shared):
     torch.testing.assert_close(zoo.logits(backbone.model, x), zoo.logits(direct, x))
 
 
-# ---- a trained head and the names of its classes ----------------------------------------------------------------------
+# ---- a trained head and the names of its classes --------------------------------------------------------------------
 
 
 def conv_headed_folder(folder: Path) -> Path:
@@ -184,7 +184,7 @@ def test_the_rows_of_a_head_follow_their_names(tmp_path: Path, kind: str):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_can_start_anew(tmp_path: Path, kind: str):
-    make, turned, inputs = HEADS[kind]
+    make, _, inputs = HEADS[kind]
     backbone = load_backbone(make(tmp_path / "model"))
     heads = {name for name in backbone.model.state_dict() if name.startswith(backbone.anatomy.classifiers)}
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}

@@ -337,7 +337,7 @@ CASES: dict[str, Case] = {
     ),
     "output folder holds the model with other labels": (
         lambda home: {"output_dir": home / "vit"},
-        r"vit' holds another model: its labels is \['x', 'y', 'z'\].*Choose another folder",
+        r"vit' holds another model: its labels are \['x', 'y', 'z'\].*Choose another folder .*--output_dir",
     ),
     "output folder holds a full model": (
         lambda home: {"output_dir": home / "vit", "tuning": "lora"},

@@ -330,8 +330,8 @@ def test_second_fine_tune_with_as_many_other_labels(
     first = run(bases["test_vit"], tiny.digits(classes=["3", "8"]), tmp_path / "first", tuning=tuning)
     trained = merge(first.model).timm_model.head if tuning == "lora" else first.model.timm_model.head
 
-    def start(folder: str, *classes: str, seed: int = 0) -> torch.nn.Linear:
-        options = {"tuning": "linear_probe", "learning_rate": 1e-30, "weight_decay": 0.0, "seed": seed}
+    def start(folder: str, *classes: str) -> torch.nn.Linear:
+        options = {"tuning": "linear_probe", "learning_rate": 1e-30, "weight_decay": 0.0}
         result = run(first.folder, tiny.digits(classes=classes), tmp_path / folder, **options)
         assert result.backbone.labels == list(classes) and result.backbone.renamed_from is None
         assert_same_images(result)
@@ -348,7 +348,6 @@ def test_second_fine_tune_with_as_many_other_labels(
         assert torch.cosine_similarity(new.weight, row[None]).abs().max() < 0.5
     assert new.bias.abs().max() < 1e-20 and 0.01 < new.weight.std() < 0.03  # as transformers starts it
     assert torch.equal(start("again", "3", "5").weight, new.weight)
-    assert not torch.equal(start("seed", "3", "5", seed=1).weight, new.weight)
 
 
 def test_new_head_of_an_adapter_is_saved_with_it(bases: Any, tmp_path: Path) -> None:

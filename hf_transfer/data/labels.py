@@ -89,7 +89,7 @@ def align(dataset: Dataset, label_column: str, model_labels: Sequence[str] | Non
         unknown = [name for name in labels.names if name not in set(model_labels)]
         raise TransferError(
             f"Label {unknown[0]!r} of column {label_column!r} is not among the model's labels "
-            f"({_some(list(model_labels))}). Load the backbone with labels=data.labels for a new head"
+            f"({_some(list(model_labels))}). Load the backbone with labels=data.labels"
             f"{f'; {len(unknown)} labels are unknown to it: {_some(unknown)}' if len(unknown) > 1 else ''}."
         )
     logger.info("re-numbered the classes of column %r as the model numbers them", label_column)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -41,10 +40,6 @@ class Attention:
     value: str
     heads: int | None
 
-    def path(self, role: Literal["query", "key", "value"]) -> str:
-        """Of the module that puts out this role."""
-        return {"query": self.query, "key": self.key, "value": self.value}[role]
-
     @property
     def fused(self) -> bool:
         """Whether one module puts out all three."""
@@ -67,8 +62,8 @@ def attentions(modules: Mapping[str, nn.Module], within: Iterable[str]) -> list[
         if _CROSS.search(path) or not any(is_under(path, place) for place in places):
             continue
         kinds = [names for names in SEPARATE if all(join(path, name) in modules for name in names)]
-        kinds += [(name,) * 3 for name in FUSED if _in_thirds(module, modules.get(join(path, name)))]
-        found += [Attention(*(join(path, name) for name in names), _heads(module)) for names in kinds]
+        kinds += [(name, name, name) for name in FUSED if _in_thirds(module, modules.get(join(path, name)))]
+        found += [Attention(join(path, q), join(path, k), join(path, v), _heads(module)) for q, k, v in kinds]
     return found
 
 

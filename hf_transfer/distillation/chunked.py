@@ -126,7 +126,8 @@ class ChunkedLearner(Learner):
             outputs = self.model(**inputs)
         logits = logits_of(outputs)
         hidden = self._head.settle(held, logits.detach())
-        labels = batch.get("labels")
+        columns: dict[str, Any] = {name: batch.get(name) for name in CONTRACT_COLUMNS}
+        labels = columns["labels"]
         if labels is None or labels.shape[:2] != hidden.shape[:2]:
             got = "none" if labels is None else f"labels of shape {tuple(labels.shape)}"
             raise TransferError(
@@ -135,7 +136,7 @@ class ChunkedLearner(Learner):
             )
         return Step(
             model=self.model, inputs=inputs, outputs=outputs, logits=logits, features=hidden, progress=progress,
-            teacher=teacher, **{name: batch.get(name) for name in CONTRACT_COLUMNS},
+            teacher=teacher, **columns,
         )  # fmt: skip
 
     def _means(
@@ -156,6 +157,7 @@ class ChunkedLearner(Learner):
         """(K,) sum of each term's values over the tokens from start to stop."""
         ahead = max(self._reach[term.name] for term in terms)
         chunk = _tokens(step, slice(start, stop + ahead))
+        assert chunk.features is not None
         logits, teacher = wide(self._head(chunk.features)), _answer(chunk.teacher)
         shared = logits
         if teacher is not None:
@@ -188,7 +190,7 @@ def _tokens(step: Step, tokens: slice) -> Step:
 
 def _answer(signal: TeacherSignal | None) -> TeacherSignal | None:
     """A teacher's answer for some tokens as logits, whatever it came as."""
-    if isinstance(signal, HiddenSignal) and signal.head is not None:
+    if isinstance(signal, HiddenSignal) and signal.head is not None and signal.features is not None:
         return TeacherSignal(logits=signal.head(signal.features))
     return signal
 

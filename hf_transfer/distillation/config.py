@@ -17,8 +17,8 @@ class DistillationConfig(TransferConfig):
 
     Args:
         hard_weight: Weight of the task's own loss against the labels, from 0; 0 leaves it out, and needs no labels.
-        teacher_cache: Whether the teacher's answers are computed once and read from disk: "always", "never", or "auto",
-            which measures both and says what it chose.
+        teacher_cache: Whether the teacher's answers are computed once and read from disk: "always", "never", or
+            "auto", which measures both and says what it chose.
         teacher_cache_dir: Where caches lie; by default beside those of the Hub, where later runs find them.
         teacher_cache_views: With random augmentation, how many augmented versions of each row are cached, from 1. The
             student sees version `epoch % views`.

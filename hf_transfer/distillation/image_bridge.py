@@ -92,7 +92,7 @@ class ImageBridge:
 
     def __init__(self, student: Backbone, teacher: Backbone) -> None:
         own, theirs = _config(student, "student"), _config(teacher, "teacher")
-        self.size: tuple[int, int] = tuple(theirs["input_size"][1:])  # type: ignore[assignment]
+        self.size: tuple[int, int] = tuple(theirs["input_size"][1:])
         if theirs["interpolation"] not in _MODES:
             raise TransferError(
                 f"The teacher's images are resized by {theirs['interpolation']!r}, which torch lacks. Set its "

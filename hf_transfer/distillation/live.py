@@ -1,4 +1,4 @@
-"""Teachers that run a network for every batch: a loaded one, or a LoRA student's own base."""
+"""Teachers that run a network for every batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class NetworkTeacher(Teacher):
-    """What the two have in common: bridge, forward in inference mode, class order, taps.
+    """What live teachers have in common: bridge, forward in inference mode, class order, taps.
 
     Attributes:
         backbone: The network; its model and anatomy are what layers are named by.
@@ -89,8 +89,6 @@ class NetworkTeacher(Teacher):
 
     def _placed(self, value: Tensor) -> Tensor:
         """An input where the network is, floating ones in its dtype."""
-        if not torch.is_tensor(value):
-            return value
         return value.to(self.device, _dtype(self.backbone.model) if value.is_floating_point() else None)
 
     def fingerprint(self) -> str:
@@ -104,7 +102,7 @@ class NetworkTeacher(Teacher):
         for name, value in sorted(_own_weights(model), key=lambda item: item[0]):
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            digest.update(cast(Any, data.numpy()))
         return digest.hexdigest()
 
 
@@ -162,8 +160,9 @@ class LiveTeacher(NetworkTeacher):
         device = torch.device(device)
         if self.quantized and device.type != "cpu":
             raise TransferError(f"quantize=True computes on the CPU, and the teacher is to be placed on {device}.")
-        if getattr(self.backbone.model, "hf_device_map", None) is None:  # else accelerate spread it over devices
-            self.backbone.model.to(device)
+        model: Any = self.backbone.model
+        if getattr(model, "hf_device_map", None) is None:  # else accelerate spread it over devices
+            model.to(device)
         return self
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -173,44 +172,6 @@ class LiveTeacher(NetworkTeacher):
         if self._fingerprint is None:
             self._fingerprint = self._digest()
         return self._fingerprint
-
-
-class AdapterOffTeacher(NetworkTeacher):
-    """A student with adapters taught by its own base: the same weights with the adapter off, no second copy.
-
-    The student's modes and what of it trains are as they were after each answer.
-
-    Args:
-        student: A PeftModel whose base already does the task; it is placed and trained by whoever trains it.
-
-    Raises:
-        TransferError: If it has no adapter, or its base has a head that was never trained.
-    """
-
-    def __init__(self, student: Backbone) -> None:
-        if not is_adapted(student.model):
-            raise TransferError(
-                f"{student.name!r} has no adapter to switch off: apply LoRA() first, or give another teacher."
-            )
-        refuse_fresh_head(student, base=True)
-        super().__init__(student, student)
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """As a teacher's, with the adapter off; the student's modes come back on exit."""
-        model: Any = self.backbone.model
-        trains = [p for p in model.parameters() if p.requires_grad]
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with model.disable_adapter(), super().answering():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            model.requires_grad_(False)  # peft turns on all of an adapter, also what was frozen in it
-            for parameter in trains:
-                parameter.requires_grad_(True)
 
 
 def refuse_fresh_head(backbone: Backbone, *, base: bool = False) -> None:
@@ -227,15 +188,16 @@ def refuse_fresh_head(backbone: Backbone, *, base: bool = False) -> None:
         TransferError: If tensors behind its last block are new.
     """
     model: Any = backbone.model
-    fresh = getattr(plain_model(model), "fresh_parameters", ())
+    plain = plain_model(model)
+    fresh = () if getattr(plain, "was_trained", False) else getattr(plain, "fresh_parameters", ())
     fresh = [name for name in fresh if backbone.anatomy.group(name) > backbone.anatomy.depth]
     if is_adapted(model) and not base:
         fresh = [name for name in fresh if not _differs_from_base(model, name)]
     if fresh:
         raise TransferError(
             f"The teacher {backbone.name!r} starts with new weights in {', '.join(fresh[:4])}: its checkpoint has no "
-            "head for this task, and what it says is random. Fine-tune it, save it and give that folder. If it was "
-            "trained in this process since it was loaded, say so with LiveTeacher(teacher, student)."
+            "head for this task, and what it says is random. Fine-tune it first. If it was trained in this process by "
+            "other means than a TransferTrainer, say so with LiveTeacher(teacher, student)."
         )
 
 
@@ -269,7 +231,8 @@ def _in_dtype(teacher: Backbone, dtype: Any) -> Backbone:
         return teacher
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TransferError(f'dtype={dtype!r}: valid are "auto" and a floating dtype of torch, e.g. torch.bfloat16.')
-    return replace(teacher, model=copy.deepcopy(teacher.model).to(dtype))
+    model: Any = copy.deepcopy(teacher.model)
+    return replace(teacher, model=model.to(dtype))
 
 
 def _quantized(teacher: Backbone) -> Backbone:

@@ -162,7 +162,8 @@ def _of_role(layer: str, network: Survey, role: Role) -> str:
         return layer
     if layer == FEATURES:
         raise TransferError(f"'{FEATURES}' has no {role}: name a layer with self-attention, such as '{LAST}'.")
-    return network.attention(layer).path(role)
+    attention = network.attention(layer)
+    return dict(zip(QUERY_KEY_VALUE, (attention.query, attention.key, attention.value), strict=True))[role]
 
 
 def _to_read(terms: Sequence[FeatureTerm], network: Survey, side: int) -> list[str]:
@@ -200,10 +201,7 @@ def _check_heads(term: FeatureTerm, pairs: Sequence[LayerPair], networks: tuple[
 def _try(term: FeatureTerm, student: Survey, teacher: Survey, batch: Mapping[str, Any]) -> None:
     """Computes a copy of a connected term on the networks' values, so that what fails does so before step 1."""
     device = student.logits.device
-    names = (
-        {pair.student for pair in term.pairs},
-        {pair.teacher for pair in term.pairs},
-    )
+    names = {pair.student for pair in term.pairs}, {pair.teacher for pair in term.pairs}
     values = [
         {name: network.value(name).float().to(device) for name in read}
         for network, read in zip((student, teacher), names, strict=True)

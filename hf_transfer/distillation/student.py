@@ -89,7 +89,7 @@ def bilstm_student(
     *,
     hidden_size: int = 300,
     layers: int = 1,
-    embedding_size: int = 300,
+    embedding_size: int | None = None,
     dropout: float = 0.3,
     teacher_embeddings: bool = True,
 ) -> Backbone:
@@ -103,7 +103,8 @@ def bilstm_student(
         teacher: A text classifier or regressor with its tokenizer.
         hidden_size: Width of each layer's output, both directions together: even, at least 2.
         layers: Number of layers, at least 1.
-        embedding_size: Width of a word's vector; at most that of the teacher's where they come from it.
+        embedding_size: Width of a word's vector; at most that of the teacher's where they come from it. By default
+            300, or the teacher's if that is less.
         dropout: In [0, 1).
         teacher_embeddings: Whether word vectors begin as the teacher's; else at random.
 
@@ -130,6 +131,7 @@ def bilstm_student(
         )
     words: Tensor = model.get_input_embeddings().weight.detach()  # (V, D)
     widest = words.shape[1] if teacher_embeddings else None
+    embedding_size = min(300, words.shape[1]) if embedding_size is None else embedding_size
     _check_sizes(hidden_size, layers, embedding_size, dropout, widest)
     config: Any = AutoConfig.for_model(
         BiLstmConfig.model_type,

@@ -13,9 +13,9 @@ from torch import nn
 from ..adapters import is_adapted, merge
 from ..anatomy import plain_model
 from ..errors import TransferError
+from .adapter_off import AdapterOffTeacher as AdapterOffTeacher
 from .base import Teacher as Teacher
 from .ensemble import EnsembleTeacher as EnsembleTeacher
-from .live import AdapterOffTeacher as AdapterOffTeacher
 from .live import LiveTeacher as LiveTeacher
 from .live import NetworkTeacher as NetworkTeacher
 from .live import refuse_fresh_head, shares_weights

@@ -25,9 +25,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..data.replay import dataset_epoch, is_random
+from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..errors import TransferError
-from ..objective import Learner, Objective, model_inputs
+from ..objective import TEACHER_PREFIX, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, SoftTargets
 from ..objectives._layers import FeatureTerm
 from ..objectives._teacher import LogitTerm
@@ -41,6 +41,7 @@ from .mapping import connect
 from .memory import RememberingTeacher
 from .signature import data_signature, transform_signature
 from .teacher import Teacher, as_teacher, backbone_of
+from .teacher_inputs import TeacherInputRows
 
 if TYPE_CHECKING:
     from .signal import TeacherSignal
@@ -128,6 +129,11 @@ class DistillationTrainer(TransferTrainer):
 
         if isinstance(self.teacher, NetworkTeacher):
             self.training_teacher = ChunkedTeacher(cast(Any, self.teacher))
+        elif not isinstance(self.teacher, CachedTeacher):
+            raise TransferError(
+                f"chunk_tokens={self.args.chunk_tokens} needs one network as a teacher, or a cache of it, and "
+                f"{type(self.teacher).__name__} is neither: leave chunk_tokens out, or cache its answers."
+            )
         return ChunkedLearner(self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens)
 
     def _connect_terms(self) -> None:
@@ -149,6 +155,10 @@ class DistillationTrainer(TransferTrainer):
 
     def before_training(self, max_steps: int) -> None:
         """Chooses whether the teacher answers live or from a cache, and writes the cache."""
+        with borrowed_generators():  # training is the same whether or not a cache was there already
+            self._choose_teacher(max_steps)
+
+    def _choose_teacher(self, max_steps: int) -> None:
         mode = self.args.teacher_cache
         if isinstance(self.teacher, CachedTeacher) or mode == "never":
             return
@@ -176,7 +186,7 @@ class DistillationTrainer(TransferTrainer):
         layered = [t.name for t in self.objectives if isinstance(t, FeatureTerm) and t.teacher_layers]
         if layered:
             return f"the terms {layered} read the teacher's layers, which are not cached."
-        if not isinstance(self.train_dataset, Dataset):
+        if not isinstance(self.train_dataset, (Dataset, TeacherInputRows)):
             return "the training data is not a datasets.Dataset of prepare(), whose rows can be told apart."
         if "example_id" not in self.sample_batch():
             return "the rows have no example_id: prepare them with hf_transfer.data.transforms.prepare()."
@@ -273,6 +283,11 @@ class DistillationTrainer(TransferTrainer):
             wait=self.accelerator.wait_for_everyone,
         )
 
+    def extra_columns(self) -> Sequence[str]:
+        """The teacher's own inputs, where it reads the rows in another way."""
+        takes = self.teacher.bridge.takes if isinstance(self.teacher, NetworkTeacher) else ()
+        return sorted(TEACHER_PREFIX + name for name in takes)
+
     def data_epoch(self, epoch: int) -> int:
         """With a cache, the view that is read; augmentation draws it again."""
         if not isinstance(self.training_teacher, CachedTeacher):
@@ -296,8 +311,9 @@ class DistillationTrainer(TransferTrainer):
         said = self._scoring_teacher(inputs).logits
         assert said is not None  # a live teacher gives all logits
         seen: list[Tensor | None] = [logits, said, inputs.get("labels")]
-        if self.student.task == "causal-lm":  # token t's logits are for token t + 1
-            seen = [logits[:, :-1], said[:, :-1], inputs["labels"][:, 1:]]
+        if self.student.task == "causal-lm":  # token t's logits are for token t + 1; vocabularies may be padded
+            words = min(logits.shape[-1], said.shape[-1])
+            seen = [logits[:, :-1, :words], said[:, :-1, :words], inputs["labels"][:, 1:]]
         if self.args.world_size > 1:  # as the Trainer does: the rows that fill up the last batch are dropped
             seen = [None if x is None else self._gathered(x, -100 if x is seen[2] else 0) for x in seen]
         self._fidelity.update(*cast(Any, seen))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Spearman,
         TopKAccuracy,
     )
-    from hf_transfer.evaluation.streaming import StreamingMetrics, compute_metrics_for
+    from hf_transfer.evaluation.streaming import StreamingMetrics, check_best_metric, compute_metrics_for
 
 __all__ = [
     "AUROC",
@@ -33,6 +33,7 @@ __all__ = [
     "Spearman",
     "StreamingMetrics",
     "TopKAccuracy",
+    "check_best_metric",
     "compute_metrics_for",
 ]
 
@@ -40,5 +41,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "streaming" if name in ("StreamingMetrics", "compute_metrics_for") else "metrics"
+    home = "streaming" if name in ("StreamingMetrics", "check_best_metric", "compute_metrics_for") else "metrics"
     return getattr(import_module(f"{__name__}.{home}"), name)

@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 class Accumulator(Protocol):
     """What one family of metrics keeps of the batches it has seen."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that it computes where they are defined."""
+        ...
+
     def reset(self) -> None:
         """Forgets all batches."""
 
@@ -43,6 +48,11 @@ class ClassCounts:
     def __init__(self, classes: int, *, per_class: bool = True):
         self.classes, self.per_class = classes, per_class
         self.reset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        averages = ("balanced_accuracy", "macro_f1") if self.per_class else ()
+        return ("accuracy", *averages, *(("top5_accuracy",) if averages and self.classes > 5 else ()))
 
     def reset(self) -> None:
         self.right, self.predicted, self.true = (np.zeros(self.classes, dtype=np.int64) for _ in range(3))  # (C,)
@@ -81,6 +91,8 @@ class ScoreCurve:
     Log-odds order the rows as softmax probabilities do, and never saturate to ties as those do.
     """
 
+    names = ("auroc",)
+
     def __init__(self, classes: int):
         self.classes = classes
         self.reset()
@@ -105,9 +117,11 @@ class Entities:
         names: The tags in id order.
     """
 
+    names = ("entity_precision", "entity_recall", "entity_f1")
+
     def __init__(self, names: Sequence[str]):
         scores.seqeval_reader()  # missing? said before the first batch
-        self.names = list(names)
+        self.tags = list(names)
         self.reset()
 
     def reset(self) -> None:
@@ -121,7 +135,7 @@ class Entities:
         self.counts = scores.EntityCounts(*(old + new for old, new in zip(self.counts, batch, strict=True)))
 
     def _tags(self, ids: np.ndarray, kept: np.ndarray) -> list[list[str]]:
-        return [[self.names[i] for i in row[keep]] for row, keep in zip(ids, kept, strict=True)]
+        return [[self.tags[i] for i in row[keep]] for row, keep in zip(ids, kept, strict=True)]
 
     def compute(self) -> dict[str, float | None]:
         return {**self.counts.scores()}
@@ -133,6 +147,8 @@ class Numbers:
     Args:
         outputs: Numbers a row.
     """
+
+    names = ("mse", "pearson", "spearman")
 
     def __init__(self, outputs: int):
         self.outputs = outputs
@@ -168,6 +184,8 @@ class Numbers:
 
 class NextToken:
     """Accuracy and perplexity of next tokens: the logits at position t are for the token at t + 1."""
+
+    names = ("accuracy", "perplexity")
 
     def __init__(self) -> None:
         self.reset()

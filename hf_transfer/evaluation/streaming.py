@@ -9,6 +9,7 @@ memory does not grow with the rows, but for AUROC (one number a row) and correla
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from ..errors import TransferError
 from .accumulators import Accumulator, ClassCounts, Entities, NextToken, Numbers, ScoreCurve
 
+LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 CLASSIFICATION = ("image-classification", "text-classification", "audio-classification")
 TASKS = (*CLASSIFICATION, "token-classification", "regression", "causal-lm")
 
@@ -70,6 +72,32 @@ def compute_metrics_for(
     return StreamingMetrics([ClassCounts(count), ScoreCurve(count)] if with_auroc else [ClassCounts(count)])
 
 
+def check_best_metric(args: Any, names: Sequence[str]) -> None:
+    """Whether `metric_for_best_model` is one that evaluations will give; call it before any work.
+
+    The Trainer looks it up after the first evaluation, an epoch into the training. It also takes a higher value for
+    the better one unless the name ends in "loss", and would keep the worst epoch by mean squared error.
+
+    Args:
+        args: The training arguments.
+        names: The metrics of the task, such as `compute_metrics_for(...).names`; "loss" is always there.
+
+    Raises:
+        TransferError: If there is no such metric, or the wrong end of it would be kept.
+    """
+    asked = args.metric_for_best_model
+    if asked is None or str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        return
+    name, known = asked.removeprefix("eval_"), ["loss", *names]
+    if name not in known:
+        near = "".join(f"; did you mean {each!r}" for each in difflib.get_close_matches(name, known, n=1))
+        raise TransferError(
+            f"metric_for_best_model={asked!r} is no metric of this task{near}. There are: {', '.join(known)}."
+        )
+    if name in LOWER_IS_BETTER and args.greater_is_better:
+        raise TransferError(f"metric_for_best_model={asked!r} is better when lower: pass greater_is_better=False too.")
+
+
 def _are_iob(names: Sequence[str]) -> bool:
     """Whether label names are the tags of entities that seqeval reads: `O`, and others like `B-PER`."""
     return "O" in names and len(names) > 1 and all(n == "O" or n[:2] in ("B-", "I-", "E-", "S-") for n in names)
@@ -85,6 +113,11 @@ class StreamingMetrics:
     def __init__(self, accumulators: Sequence[Accumulator]):
         self.accumulators = list(accumulators)
         self.reset()
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics that an evaluation gives where they are defined."""
+        return list(dict.fromkeys(name for part in self.accumulators for name in part.names))
 
     def reset(self) -> None:
         """Forgets the batches seen, such as those of an evaluation that was interrupted."""

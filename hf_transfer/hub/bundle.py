@@ -45,7 +45,21 @@ _MODEL_FILES = (
     "adapter_model.bin",
     f"{CONFIG_FOLDER}/config.json",
 )
-_IDENTITY = ("model_type", "architecture", "hidden_size", "num_hidden_layers", "hidden_sizes", "depths", "label_names")
+# What makes a model another one, beside its labels. These are transformers' names; configurations may have others.
+_IDENTITY = (
+    "model_type",
+    "architectures",  # the class, and with it the task
+    "architecture",  # timm's and torchvision's
+    "hidden_size",
+    "num_hidden_layers",
+    "hidden_sizes",
+    "depths",
+    "vocab_size",
+)
+_WAYS_OUT = (
+    "Choose another folder (output_dir=, or --output_dir on the command line), delete that one, or, where you save it "
+    "yourself, pass overwrite=True."
+)
 
 
 def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, overwrite: bool = False) -> Path:
@@ -82,33 +96,36 @@ def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, o
 def check_output_folder(folder: str | os.PathLike[str], model: Any) -> None:
     """Raises TransferError where saving the model would replace another one; call it before any work.
 
-    Another model is one of a different architecture or size, with different labels, or an adapter where this is a full
-    model and the reverse. A folder without a model, or none at all, is fine.
+    Another model is one of a different class, architecture or size, with different labels, or an adapter where this is
+    a full model and the reverse. A folder without a model, or none at all, is fine.
     """
     from peft import PeftModel
 
     folder = Path(folder).expanduser()
     if folder.is_file():
-        raise TransferError(f"The output folder {str(folder)!r} is a file. Choose another.")
+        raise TransferError(
+            f"The output folder {str(folder)!r} is a file. Choose another (output_dir=, or --output_dir on the command"
+            " line)."
+        )
     model = _unwrapped(model)
     adapter = (folder / "adapter_config.json").is_file()
     path = folder / (f"{CONFIG_FOLDER}/config.json" if adapter else "config.json")
     if not adapter and not path.is_file():
         return
     there = _read(path) if path.is_file() else {}
-    mine = _config_of(model)
+    mine, names = _config_of(model), type(_plain(model).config).attribute_map
     reasons = []
     if adapter != isinstance(model, PeftModel):
         reasons.append(f"it is {'an adapter' if adapter else 'a full model'}")
-    keys = [key for key in _IDENTITY if key in there and there[key] != mine.get(key)]
+    keys = [names.get(key, key) for key in _IDENTITY]
+    reasons.extend(
+        f"its {key} is {_short(there[key])}" for key in keys if there.get(key, mine.get(key)) != mine.get(key)
+    )
     if there and _label_names(there) != _label_names(mine):
-        keys = [*(key for key in keys if key != "label_names"), "labels"]
-    values = {**there, "labels": _label_names(there)}
-    reasons.extend(f"its {key} is {_short(values[key])}" for key in keys)
+        reasons.append(f"its labels are {_short(_label_names(there))}")
     if reasons:
         raise TransferError(
-            f"The output folder {str(folder)!r} holds another model: {'; '.join(reasons)}. Choose another folder, "
-            "delete that one, or pass overwrite=True."
+            f"The output folder {str(folder)!r} holds another model: {'; '.join(reasons)}. {_WAYS_OUT}"
         )
 
 
@@ -117,19 +134,19 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TransferError(
-            f"{path} in the output folder is corrupt ({error}): what model it holds cannot be told. Choose another "
-            "folder, delete that one, or pass overwrite=True."
+            f"{path} in the output folder is corrupt ({error}): what model it holds cannot be told. {_WAYS_OUT}"
         ) from error
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(_plain(model).config.to_dict(), default=str))
+    config = {**_plain(model).config.to_dict(), "architectures": [type(_plain(model)).__name__]}  # as when it is saved
+    return json.loads(json.dumps(config, default=str))
 
 
-def _label_names(config: dict[str, Any]) -> list[str] | None:
+def _label_names(config: dict[str, Any]) -> list[str]:
     names = config.get("label_names")
-    by_id = config.get("id2label") or {}
-    return list(names) if names else [by_id[key] for key in sorted(by_id, key=int)] or None
+    by_id = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not save its default
+    return list(names) if names else [by_id[key] for key in sorted(by_id, key=int)]
 
 
 def _short(value: Any) -> str:
@@ -181,6 +198,7 @@ def _write_config(model: PreTrainedModel, folder: Path) -> None:
     """Writes config.json so that both libraries read it, where the model is timm's."""
     if model.config.model_type == "timm_wrapper":
         _repair_timm_config(model)
+    model.config.architectures = [type(model).__name__]  # an adapter's base may come from a checkpoint of another
     model.config.save_pretrained(folder)
 
 

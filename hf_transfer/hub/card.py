@@ -44,6 +44,7 @@ class CardFacts:
         selection: How the checkpoint was chosen, in words.
         seed: The seed.
         versions: Versions of the libraries by name.
+        teacher: What it was distilled from.
         license: The licence as the Hub names it, such as "apache-2.0".
         tags: Tags beside our own.
     """
@@ -65,6 +66,7 @@ class CardFacts:
     selection: str | None = None
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    teacher: str | None = None
     license: str | None = None
     tags: Sequence[str] = ()
 
@@ -128,13 +130,17 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         library_name=facts.library,
         pipeline_tag=_pipeline_tag(facts),
-        tags=list(dict.fromkeys(["transfer-learning", "hf-transfer-learning", *facts.tags])),
+        tags=list(dict.fromkeys(["transfer-learning", "hf-transfer-learning", *_taught(facts), *facts.tags])),
         datasets=[data] if data else None,
         license=facts.license,
         model_name=shown_name(facts.name),
         eval_results=results or None,
         **more,
     )
+
+
+def _taught(facts: CardFacts) -> list[str]:
+    return ["knowledge-distillation"] if facts.teacher else []
 
 
 def _pipeline_tag(facts: CardFacts) -> str:
@@ -182,8 +188,9 @@ def _summary(facts: CardFacts) -> str:
     linked = f"[{base}](https://huggingface.co/{base})" if base and hub_id(facts.base_model) else f"`{base}`"
     what = f"A model for {facts.task}" if facts.library != "peft" else f"An adapter for {facts.task}"
     start = f", fine-tuned from {linked}" if facts.pretrained else f" with the architecture of {linked}, from scratch"
+    taught = f", distilled from `{shown_name(facts.teacher)}`" if facts.teacher else ""
     data = f" on {_linked_data(facts)}" if facts.dataset else ""
-    return f"{what}{start if base else ''}{data}."
+    return f"{what}{start if base else ''}{taught}{data}."
 
 
 def _linked_data(facts: CardFacts) -> str:

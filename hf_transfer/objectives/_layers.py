@@ -192,11 +192,16 @@ def same_layout(
                 "token by token they compare only if both networks split the input the same way."
             )
         return student, teacher, mask_of(student, mask)
-    if mask is not None and (mask_of(student, mask) is not None or mask_of(teacher, mask) is not None):
-        raise TransferError(f"The layers {pair} hold the tokens of a sequence, which have no grid to compare on.")
-    student, teacher = _map(student, pair), _map(teacher, pair)
+    refuse_sequences(student, teacher, pair, mask)
+    student, teacher = as_map(student, pair), as_map(teacher, pair)
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     return _resized(student, size), _resized(teacher, size), None
+
+
+def refuse_sequences(student: Tensor, teacher: Tensor, pair: LayerPair, mask: Tensor | None) -> None:
+    """Raises TransferError where values are the tokens of a sequence, which cannot be made maps."""
+    if mask_of(student, mask) is not None or mask_of(teacher, mask) is not None:
+        raise TransferError(f"The layers {pair} hold the tokens of a sequence, which have no grid to compare on.")
 
 
 def attended(step: Step) -> Tensor | None:
@@ -237,18 +242,31 @@ def pooled(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _map(x: Tensor, pair: LayerPair) -> Tensor:
-    """(N, C, H, W): the patches of an image transformer on their square grid, without the tokens before them."""
+def as_map(x: Tensor, pair: LayerPair) -> Tensor:
+    """(N, C, H, W): the patches of an image transformer on their square grid, without the tokens before them.
+
+    Raises:
+        TransferError: If they have no such grid.
+    """
     if x.dim() == 4:
         return x
-    side = math.isqrt(x.shape[1])
-    prefix = x.shape[1] - side**2
-    if prefix > MOST_PREFIX_TOKENS:
+    side = side_of(x.shape[1], pair)
+    return x[:, x.shape[1] - side**2 :].transpose(1, 2).unflatten(2, (side, side))
+
+
+def side_of(tokens: int, pair: LayerPair) -> int:
+    """Side of the square grid that the last of an image transformer's tokens are.
+
+    Raises:
+        TransferError: If there are too many tokens before it.
+    """
+    side = math.isqrt(tokens)
+    if tokens - side**2 > MOST_PREFIX_TOKENS:
         raise TransferError(
-            f"The layers {pair}: {x.shape[1]} tokens are no square grid of patches after at most "
+            f"The layers {pair}: {tokens} tokens are no square grid of patches after at most "
             f"{MOST_PREFIX_TOKENS} other tokens. Use square images, or layers with equal numbers of tokens."
         )
-    return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    return side
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:

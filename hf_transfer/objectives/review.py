@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import TransferError
 from ..objective import Schedule, Step
-from ._layers import FeatureTerm, LayerPair, Layers
+from ._layers import FeatureTerm, LayerPair, Layers, as_map, attended, refuse_sequences, side_of
 from ._precision import full_precision
 
 
@@ -51,7 +50,7 @@ class Fusion(nn.Module):
 
     def __init__(self, pair: LayerPair, mid: int, first: bool) -> None:
         super().__init__()
-        self.size = list(pair.teacher_shape[1:]) or [1, 1]
+        self.size = _size(pair.teacher_shape, pair)
         self.enter = nn.Sequential(nn.Conv2d(pair.student_width, mid, 1, bias=False), nn.BatchNorm2d(mid))
         self.leave = nn.Sequential(
             nn.Conv2d(mid, pair.teacher_width, 3, padding=1, bias=False), nn.BatchNorm2d(pair.teacher_width)
@@ -79,13 +78,14 @@ class ReviewKD(FeatureTerm):
     The authors raise its weight over the first 20 of 240 epochs: `weight=LinearSchedule(0, 5, until=20 / 240)`.
 
     Args:
-        layers: Which layers, at least two maps or vectors; see FeatureTerm.
+        layers: Which layers, at least two maps, vectors, or image transformer's tokens, taken as maps; see
+            FeatureTerm.
         mid: Largest number of channels that are handed from layer to layer.
         weight: A number or a schedule; the authors' lie between 0.6 and 8, by pair of networks.
         name: The name it is logged under.
 
     Raises:
-        TransferError: Before training, if a layer is neither a map nor a vector.
+        TransferError: Before training, if a layer's tokens are no grid of patches.
     """
 
     def __init__(
@@ -101,8 +101,7 @@ class ReviewKD(FeatureTerm):
 
     def build(self) -> None:
         for pair in self.pairs:
-            if 2 in (len(pair.student_shape), len(pair.teacher_shape)):
-                raise TransferError(f"The term '{self.name}' reviews maps (C, H, W) and vectors (D,), got {pair}.")
+            _size(pair.student_shape, pair)  # tokens without a grid are refused
         deepest = self.pairs[-1]
         mid = min(self.mid, deepest.student_width)
         self.fusions = nn.ModuleList(Fusion(pair, mid, pair is deepest) for pair in self.pairs)
@@ -110,7 +109,14 @@ class ReviewKD(FeatureTerm):
     def forward(self, step: Step) -> Tensor:
         losses, later = [], None
         for pair, fusion in zip(reversed(self.pairs), reversed(self.fusions), strict=True):
-            student, teacher = (x if x.dim() == 4 else x[..., None, None] for x in self.outputs(step, pair))
+            outputs = self.outputs(step, pair)
+            refuse_sequences(*outputs, pair, attended(step))
+            student, teacher = (x[..., None, None] if x.dim() == 2 else as_map(x, pair) for x in outputs)
             reviewed, later = fusion(student, later)
             losses.append(hierarchical_context(reviewed, teacher))
         return torch.stack(losses).sum(dim=0)  # (N,)
+
+
+def _size(shape: tuple[int, ...], pair: LayerPair) -> list[int]:
+    """Height and width of an example's value (C, H, W), (T, D) or (D,) as a map."""
+    return [side_of(shape[0], pair)] * 2 if len(shape) == 2 else list(shape[1:]) or [1, 1]

@@ -229,27 +229,31 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("terms", ["soft_targets", "other_terms", "standardized"])
-def test_no_tensor_is_larger_than_a_chunks_logits(terms: str) -> None:
+def test_no_tensor_is_larger_than_a_chunks_logits_and_none_waits_for_the_backward_pass(terms: str) -> None:
     words, rows, tokens, width = 1000, 4, 40, 5
-    student, teacher, batch = (
-        language_model(words),
-        language_model(words, seed=1),
-        text_batch(rows=rows, tokens=tokens),
-    )
-    sizes = {}
-    for kind, learner, ask in (
-        ("plain", Learner(student, TERMS[terms](), Anatomy.of(student)), dense),
-        (
-            "chunked",
-            ChunkedLearner(student, TERMS[terms](), Anatomy.of(student), chunk_tokens=width * rows),
-            lambda teacher, batch: chunked_signal(teacher, student, batch),
-        ),
-    ):
-        with Largest() as largest:
-            taken(learner, batch, ask(teacher, batch))
-        sizes[kind] = largest.elements
-    assert sizes["plain"] >= rows * tokens * words
-    assert sizes["chunked"] == rows * (width + 1) * words  # terms look one token ahead
+    student, teacher = language_model(words), language_model(words, seed=1)
+    batch = text_batch(rows=rows, tokens=tokens)
+    anatomy = Anatomy.of(student)
+    learners = {
+        "plain": Learner(student, TERMS[terms](), anatomy),
+        "chunked": ChunkedLearner(student, TERMS[terms](), anatomy, chunk_tokens=width * rows),
+    }
+    largest, kept = dict.fromkeys(learners, 0), dict.fromkeys(learners, 0)
+    for kind, learner in learners.items():
+
+        def keep(value: Tensor, kind: str = kind) -> Tensor:
+            by_word = value.dim() > 1 and value.shape[-1] == words and value.shape[0] != SIZE["hidden_size"]
+            kept[kind] += by_word * value.numel()
+            return value
+
+        with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            signal = dense(teacher, batch) if kind == "plain" else chunked_signal(teacher, student, batch)
+            taken(learner, batch, signal)
+        largest[kind] = seen.elements
+    assert largest["plain"] >= rows * tokens * words
+    assert largest["chunked"] == rows * (width + 1) * words  # terms look one token ahead
+    assert kept["plain"] > 10 * rows * words
+    assert kept["chunked"] == 0
 
 
 HEADS = {

@@ -83,6 +83,7 @@ def test_counting_leaves_everything_as_it_was() -> None:
     model[0].eval()  # a frozen part
     statistics = model[0].running_mean.clone()
     switches = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.mha.get_fastpath_enabled())
+    assert all(switches), "an earlier count left them off"
     macs(model, torch.randn(N, T, D))
     latency_ratio(model, torch.randn(N, T, D), model, torch.randn(N, T, D), rounds=6)
     assert [module.training for module in model] == [False, True, True]

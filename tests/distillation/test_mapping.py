@@ -239,18 +239,11 @@ TERMS = {
     "crd": lambda: CRD(size=10, negatives=6),
     "review": lambda: ReviewKD(),
 }
-TOKENS_IN_REVIEW = "objectives/review.py refuses tokens; the report of mapping.py holds the change"
 
 
 def cases() -> list[Any]:
     nets = [("cnn", "vit"), ("vit", "cnn"), ("cnn", "swin"), ("swin", "cnn"), ("vit", "convnext"), ("convnext", "vit")]
-    found = []
-    for student, teacher in nets:
-        for term in TERMS:
-            tokens = term == "review" and "vit" in (student, teacher)
-            marks = [pytest.mark.xfail(reason=TOKENS_IN_REVIEW, raises=TransferError, strict=True)] if tokens else []
-            found.append(pytest.param(student, teacher, term, marks=marks))
-    return found
+    return [(student, teacher, term) for student, teacher in nets for term in TERMS]
 
 
 @pytest.mark.parametrize(("student", "teacher", "term"), cases())
@@ -337,7 +330,7 @@ def test_a_fused_projection_is_named_three_times(make: Any, path: str) -> None:
     module = net.model.get_submodule(path)
     width = max(module.weight.shape)
     assert term.pairs[0].student_shape[-1] == width == 3 * min(module.weight.shape)
-    with pytest.raises(TransferError, match="queries and keys together. MiniLMRelation"):
+    with pytest.raises(TransferError, match=r"queries and keys together\. MiniLMRelation"):
         connect([TinyBERT(heads=4)], net, net, batch, batch)
 
 
@@ -380,10 +373,10 @@ def _timm(family: str) -> Backbone:
 
 
 def test_tinyberts_heads_are_the_networks_own() -> None:
-    with pytest.raises(TransferError, match="student's 'bert.*query' belongs to 2 heads.*MiniLMRelation"):
+    with pytest.raises(TransferError, match=r"student's 'bert.*query' belongs to 2 heads.*MiniLMRelation"):
         connect([TinyBERT(heads=4)], bert(num_attention_heads=2), bert(), words(), words())
     llama = text_net("llama", "LlamaForSequenceClassification")
-    with pytest.raises(TransferError, match="the teacher's 'model.layers.*' has wider queries than keys"):
+    with pytest.raises(TransferError, match=r"the teacher's 'model\.layers.*' has wider queries than keys"):
         connect([TinyBERT(heads=4)], bert(), llama, words(), words())
 
 

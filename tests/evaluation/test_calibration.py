@@ -114,6 +114,17 @@ def test_temperature_is_the_likelihoods_minimum_and_mends_calibration() -> None:
     assert float(expected_calibration_error(sure / best, labels)) < 0.06
 
 
+def test_the_fit_does_not_run_away_where_the_likelihood_is_flat() -> None:
+    """Saturated rows have no curvature, and the rows that are unsure none either: Newton alone leaves every bound."""
+    margins = torch.tensor([0.01] * 60 + [10.0] * 30 + [9.0] * 10, dtype=torch.float64)
+    logits = torch.stack([margins, torch.zeros(100, dtype=torch.float64)], dim=1)
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    best = fit_temperature(logits, labels)
+    at_best = float(negative_log_likelihood(logits / best, labels))
+    for factor in (0.5, 0.999, 1.001, 2.0):
+        assert float(negative_log_likelihood(logits / (best * factor), labels)) > at_best
+
+
 def test_impossible_classes_do_not_disturb_the_fit() -> None:
     logits, labels = sampled(200, 3, scale=2.0)
     masked = torch.cat([logits, torch.full((200, 1), -torch.inf, dtype=torch.float64)], dim=1)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from hf_transfer.errors import TransferError
 from hf_transfer.evaluation import (
@@ -29,6 +29,7 @@ from hf_transfer.evaluation import (
     Pearson,
     Spearman,
     TopKAccuracy,
+    check_best_metric,
     compute_metrics_for,
 )
 
@@ -333,6 +334,59 @@ def test_the_trainer_streams(tmp_path):
         result = trainer.evaluate()
         assert result["eval_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
         assert result["eval_top5_accuracy"] > result["eval_accuracy"]
+
+
+def _drawn(task, labels):
+    """Predictions and labels of a task, 30 rows of them."""
+    draw, classes = np.random.default_rng(0), labels if isinstance(labels, int) else len(labels)
+    if task == "regression":
+        return draw.normal(size=(30, classes)), draw.normal(size=(30, classes))
+    shape = (30,) if task.endswith(("image-classification", "text-classification")) else (30, 6)
+    return draw.normal(size=(*shape, classes)), draw.integers(0, classes, size=shape)
+
+
+TASKS = [
+    ("image-classification", 2), ("text-classification", 3), ("image-classification", 7), ("regression", 1),
+    ("regression", 2), ("token-classification", TAGS), ("token-classification", ["noun", "verb"]), ("causal-lm", 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "labels"), TASKS)
+def test_names_are_those_of_the_result(task, labels):
+    metrics = compute_metrics_for(task, labels)
+    predictions, truth = _drawn(task, labels)
+    assert metrics.names == list(metrics(EvalPrediction(predictions=predictions, label_ids=truth)))
+
+
+def test_the_best_model_is_chosen_by_a_metric_that_there_is(tmp_path):
+    names = compute_metrics_for("image-classification", ["cat", "dog"]).names
+
+    def check(name, **options):
+        options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, **options}
+        arguments = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model=name, **options)
+        check_best_metric(arguments, names)
+
+    for name in (None, "loss", "eval_loss", *names, "eval_auroc"):
+        check(name)
+    with pytest.raises(
+        TransferError, match=r"'accurracy' is no metric .* did you mean 'accuracy'.*: loss, accuracy, b"
+    ):
+        check("accurracy")
+    with pytest.raises(TransferError, match=r"'f1' is no metric of this task.*macro_f1"):
+        check("f1")
+    check("f1", eval_strategy="no", load_best_model_at_end=False)  # nothing is evaluated, and nothing chosen
+
+
+def test_the_worst_model_is_not_kept_for_the_best(tmp_path):
+    names = compute_metrics_for("regression", 1).names
+    options = {"eval_strategy": "epoch", "load_best_model_at_end": True, "save_strategy": "epoch"}
+    arguments = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model="mse", **options)
+    assert arguments.greater_is_better  # as the Trainer has it by default
+    with pytest.raises(TransferError, match=r"'mse' is better when lower: pass greater_is_better=False"):
+        check_best_metric(arguments, names)
+    arguments.greater_is_better = False
+    check_best_metric(arguments, names)
+    check_best_metric(TrainingArguments(str(tmp_path), metric_for_best_model="pearson", **options), names)
 
 
 def test_streaming_does_not_import_evaluate():

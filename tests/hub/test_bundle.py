@@ -10,8 +10,10 @@ from pathlib import Path
 import backbone_zoo as zoo
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from transformers import BertConfig, BertModel
 
 from hf_transfer import TransferError
 from hf_transfer.backbones import load_backbone
@@ -236,6 +238,18 @@ def test_a_regression_adapter_and_a_language_adapter_know_their_task(tmp_path: P
     assert load_backbone(tmp_path / "words").task == "causal-lm"
 
 
+def test_an_adapter_on_a_body_knows_its_task(tmp_path: Path):
+    """A checkpoint without a head says nothing of it: what it was adapted for does."""
+    BertModel(BertConfig(vocab_size=8, **zoo.SIZES)).save_pretrained(tmp_path / "body")
+    zoo.tokenizer(pad_token="[PAD]").save_pretrained(tmp_path / "body")
+    backbone = load_backbone(tmp_path / "body", task="token-classification", labels=["O", "B-x", "I-x"])
+    backbone.model = lora(backbone.model, ["query"], modules_to_save=["classifier"])
+    backbone.save(tmp_path / "run")
+    again = load_backbone(tmp_path / "run")
+    assert again.task == "token-classification"
+    torch.testing.assert_close(zoo.logits(again.model, zoo.tokens()), zoo.logits(backbone.model, zoo.tokens()))
+
+
 def test_an_adapter_that_peft_saved_loads_with_its_number_of_classes(tmp_path: Path):
     backbone = load_backbone(zoo.bert_folder(tmp_path / "base"), labels=5)
     model = lora(backbone.model, ["query"], modules_to_save=["classifier"])
@@ -390,13 +404,50 @@ def test_a_folder_holding_another_model_is_refused(tmp_path: Path):
     other_network = load_backbone("resnet10t", labels=["good", "bad", "fair"], pretrained=False)
     adapter = lora(load_backbone(tmp_path / "base").model, ["query"])
     for model, reason in (
-        (other_labels.model, r"its labels is \['good', 'bad', 'fair'\]"),
+        (other_labels.model, r"its labels are \['good', 'bad', 'fair'\]"),
         (other_network.model, "its model_type is 'bert'"),
         (adapter, "it is a full model"),
     ):
-        with pytest.raises(TransferError, match=f"holds another model: .*{reason}.*overwrite=True"):
+        with pytest.raises(TransferError, match=f"holds another model: .*{reason}.*--output_dir.*overwrite=True"):
             bundle.save(model, tmp_path / "run")
     assert load_backbone(tmp_path / "run").labels == ["good", "bad", "fair"]
+
+
+TEXT = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+DISTILLED = {"vocab_size": 8, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+GPT2 = {"vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "pad_token_id": 0}
+OTHERS = {  # two networks, both with the two unnamed classes of a configuration's default, and what tells them apart
+    "task": (("BertForSequenceClassification", TEXT), ("BertForTokenClassification", TEXT), "architectures"),
+    "width": (
+        ("DistilBertForSequenceClassification", DISTILLED),
+        ("DistilBertForSequenceClassification", {**DISTILLED, "dim": 32}),
+        "dim",
+    ),
+    "depth": (
+        ("GPT2ForSequenceClassification", GPT2),
+        ("GPT2ForSequenceClassification", {**GPT2, "n_layer": 2}),
+        "n_l",
+    ),
+    "vocabulary": (
+        ("BertForSequenceClassification", TEXT),
+        ("BertForSequenceClassification", {**TEXT, "vocab_size": 9}),
+        "vocab_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+def test_models_without_labels_of_their_own_are_told_apart(tmp_path: Path, difference: str):
+    first, second, said = OTHERS[difference]
+
+    def make(name: str, size: dict):
+        kind = getattr(transformers, name)
+        return kind(kind.config_class(**size))
+
+    bundle.save(make(*first), tmp_path / "run")
+    bundle.check_output_folder(tmp_path / "run", make(*first))
+    with pytest.raises(TransferError, match=f"holds another model: its {said}"):
+        bundle.check_output_folder(tmp_path / "run", make(*second))
 
 
 def test_a_broken_configuration_in_the_output_folder(tmp_path: Path):

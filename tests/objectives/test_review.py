@@ -109,6 +109,16 @@ def test_modules_are_sized_by_the_layers_and_all_train() -> None:
     assert ReviewKD(mid=3).mid == 3
 
 
-def test_tokens_are_refused() -> None:
-    with pytest.raises(TransferError, match=r"reviews maps \(C, H, W\) and vectors \(D,\), got s0 \(5, 4\)"):
-        term_of([((5, 4), (3, 8, 8))])
+def test_patches_are_a_map_and_tokens_of_a_sequence_are_refused() -> None:
+    as_maps = [((4, 2, 2), (3, 8, 8)), ((6, 1, 1), (5, 2, 2))]
+    as_tokens = [((5, 4), (3, 8, 8)), ((6, 1, 1), (4, 5))]  # a class token before 2 x 2 patches; patches alone
+    term, other, at = term_of(as_maps), term_of(as_tokens), step(as_maps)
+    maps, taught = at.hidden, at.teacher.hidden
+    hidden = {**maps, "s0": torch.cat([normal(N, 1, 4), maps["s0"].flatten(2).transpose(1, 2)], dim=1)}
+    signal = TeacherSignal(hidden={**taught, "t1": taught["t1"].flatten(2).transpose(1, 2)})
+    torch.testing.assert_close(other(step_of(teacher=signal, hidden=hidden)), term(at))
+    with pytest.raises(TransferError, match="34 tokens are no square grid"):
+        term_of([((34, 4), (3, 8, 8))])
+    text = step_of(teacher=signal, hidden=hidden, inputs={"attention_mask": torch.ones(N, 5)})
+    with pytest.raises(TransferError, match="hold the tokens of a sequence"):
+        other(text)
