@@ -151,6 +151,8 @@ def card_facts(backbone: Backbone, facts: dict[str, Any], name: str) -> Any:
         seed=facts["seed"],
         versions=facts["versions"],
         teacher=facts.get("teacher"),
+        costs=facts.get("costs", {}),
+        calibration=facts.get("calibration", {}),
     )
 
 

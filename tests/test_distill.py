@@ -61,6 +61,7 @@ def test_a_run_folder_tells_of_student_and_teacher(images: Path, tmp_path: Path)
     assert AutoConfig.from_pretrained(tmp_path / "b").calibration_temperature == temperature
     card = (tmp_path / "b" / "README.md").read_text()
     assert f"distilled from `{images.name}`" in card and "knowledge-distillation" in card
+    assert f"{facts['costs']['macs_a_row']['student']:,}" in card and "config.calibration_temperature" in card
     assert "agreement" in results_table(tmp_path / "b")
     reloaded = load_backbone(tmp_path / "b")
     x = torch.randn(2, 3, 32, 32)

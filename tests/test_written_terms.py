@@ -81,6 +81,7 @@ def test_every_schedule_can_be_written() -> None:
         ("SoftTarget(temperature=4)", r"'SoftTarget' is neither a term nor a schedule \(did you mean SoftTargets"),
         ("softtargets", r"did you mean SoftTargets.*Terms are CKA, CRD, .*TinyBERT; schedules CosineSchedule, Lin"),
         ("DKD(weight=LinearShedule(0, 1))", r"'LinearShedule' is neither .* \(did you mean LinearSchedule"),
+        ("dkd", r"did you mean DKD"),
         ("Hint(layers=last)", "'last' is neither a term.* texts such as 'last' need quotes"),
         (
             "DKD(tempertaure=2)",

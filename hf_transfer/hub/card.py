@@ -45,6 +45,8 @@ class CardFacts:
         seed: The seed.
         versions: Versions of the libraries by name.
         teacher: What it was distilled from.
+        costs: Parameters, multiply-adds a row (`macs_a_row`) of student and teacher, and `latency_student_to_teacher`.
+        calibration: `temperature` that was fitted on validation data, `ece_before` and `ece_after`.
         license: The licence as the Hub names it, such as "apache-2.0".
         tags: Tags beside our own.
     """
@@ -67,6 +69,8 @@ class CardFacts:
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     teacher: str | None = None
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    calibration: Mapping[str, float] = field(default_factory=dict)
     license: str | None = None
     tags: Sequence[str] = ()
 
@@ -177,6 +181,7 @@ def _text(facts: CardFacts) -> str:
         f"# {shown_name(facts.name)}\n\n{_summary(facts)}",
         f"## Use\n\n```python\n{usage(facts)}\n```",
         _results(facts),
+        _student_and_teacher(facts),
         _data(facts),
         _training(facts),
     ]
@@ -209,6 +214,31 @@ def _results(facts: CardFacts) -> str:
     how = [facts.selection, f"Seed {facts.seed}." if facts.seed is not None else None]
     note = "\n\n" + " ".join(part for part in how if part) if any(how) else ""
     return f"## Results\n\n{_table(['split', *map(_pretty, names)], rows)}{note}"
+
+
+def _student_and_teacher(facts: CardFacts) -> str:
+    """What the student costs beside its teacher, and the temperature that mends its confidence."""
+    lines = []
+    if facts.costs:
+        names = {"parameters": "Parameters", "macs_a_row": "Multiply-adds a row"}
+        rows = [
+            [title, *(f"{facts.costs[name][side]:,}" for side in ("student", "teacher"))]
+            for name, title in names.items()
+        ]
+        latency = facts.costs["latency_student_to_teacher"]
+        lines.append(_table(["", "student", "teacher"], rows))
+        lines.append(
+            f"One row takes the student {latency['ratio']:.2f} times as long as its teacher "
+            f"(interval {latency['low']:.2f} to {latency['high']:.2f}, on the machine of the training)."
+        )
+    if facts.calibration:
+        before, after = facts.calibration["ece_before"], facts.calibration["ece_after"]
+        lines.append(
+            f"Calibration: divide the logits by `config.calibration_temperature` = "
+            f"{facts.calibration['temperature']:.4g} before the softmax. Fitted on the validation split, where it "
+            f"takes the expected calibration error from {before:.3f} to {after:.3f}; the classes do not change."
+        )
+    return "## Student and teacher\n\n" + "\n\n".join(lines) if lines else ""
 
 
 def _data(facts: CardFacts) -> str:

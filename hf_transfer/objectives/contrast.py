@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..errors import TransferError
 from ..objective import Schedule, Step
@@ -44,6 +44,19 @@ def crd(anchor: Tensor, bank: Tensor, ids: Tensor, drawn: Tensor, temperature: f
 def _scores(anchor: Tensor, bank: Tensor, ids: Tensor, drawn: Tensor, temperature: float) -> Tensor:
     """(N, 1 + K) inner products over the temperature; all M are taken, as gathering K rows of D would cost more."""
     return (anchor @ bank.T).gather(1, torch.cat([ids[:, None], drawn], dim=1)) / temperature
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """(processes * N, ...), the rows of all processes, which have equally many; each process's memory gets them all.
+
+    Args:
+        rows: (N, ...), this process's.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    found = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, rows.contiguous())
+    return torch.cat(found)
 
 
 class CRD(FeatureTerm):
@@ -123,9 +136,9 @@ class CRD(FeatureTerm):
         for i in (0, 1):  # the student's among the teacher's, and the other way round
             task = (embedded[i], memory[1 - i], ids, drawn, self.temperature)
             if self.log_z[i].isnan():
-                self._normalise(i, _scores(*task).detach())
+                self._normalise(i, gathered(_scores(*task).detach()))
             losses.append(crd(*task, self.log_z[i]))
-        self._remember(ids, torch.stack(embedded).detach())
+        self._remember(gathered(ids), torch.stack([gathered(rows.detach()) for rows in embedded]))
         return losses[0] + losses[1]
 
     def _normalise(self, i: int, scores: Tensor) -> None:

@@ -19,8 +19,14 @@ from hf_transfer._torchvision import make_torchvision_importable
 make_torchvision_importable()
 
 from datasets import Dataset  # noqa: E402
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback  # noqa: E402
-from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_transfer import LoRA, TransferConfig, TransferTrainer  # noqa: E402
 from hf_transfer.objectives import DANN, L2SP, CrossEntropy  # noqa: E402
@@ -102,7 +108,7 @@ class Witness(TrainerCallback):
     on_train_begin = on_step_begin = on_step_end = on_save = on_evaluate = on_train_end = on_event
 
 
-# ---- save: whose model it is, and what lies in the folders ------------------------------------------------------------
+# ---- save: whose model it is, and what lies in the folders ----------------------------------------------------------
 
 
 def adapted(folder: Path) -> Any:
@@ -156,7 +162,7 @@ def trained(trainer_class: type, folder: Path) -> dict[str, Any]:
     return {"weights": weights(model), "losses": losses}
 
 
-# ---- stop: the loss of one process is not finite ----------------------------------------------------------------------
+# ---- stop: the loss of one process is not finite --------------------------------------------------------------------
 
 STOPPED = {"no terms": (False, 1), "terms": (True, 1), "accumulation": (True, 2)}
 

@@ -1,0 +1,79 @@
+"""Distils with a cache and a memory bank, cut and resumed. Run by test_processes.py on one process and on two.
+
+torchrun --nproc_per_node 2 tests/distillation/processes.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_transfer._torchvision import make_torchvision_importable
+
+make_torchvision_importable()
+
+from datasets import Dataset  # noqa: E402
+from invariants.test_resume import StopAt, tiny_bert  # noqa: E402
+
+from hf_transfer import Backbone, DistillationConfig, DistillationTrainer  # noqa: E402
+from hf_transfer.objectives import CRD, SoftTargets  # noqa: E402
+
+ROWS, STEPS_AN_EPOCH, STOP_AT = 23, 6, 9  # 23 rows: the last batch is filled up
+
+
+def rows() -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 50, (ROWS, 8), generator=generator)
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(),
+         "labels": [i % 3 for i in range(ROWS)], "example_id": list(range(ROWS))}
+    )  # fmt: skip
+
+
+def network(seed: int) -> Backbone:
+    return Backbone(tiny_bert(seed), None, "text", "text-classification", "tiny", ["a", "b", "c"], None)
+
+
+def run(folder: Path, stop_at: int | None = None, resume: bool = False) -> DistillationTrainer:
+    student = network(0)
+    torch.manual_seed(2)
+    args = DistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
+        num_train_epochs=3, learning_rate=1e-2, use_cpu=True, save_strategy="steps", save_steps=STOP_AT,
+        report_to="none", disable_tqdm=True, logging_steps=1, teacher_cache="always",
+        teacher_cache_dir=str(folder.parent / "caches"), batch_eval_metrics=True,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        student, network(1), [SoftTargets(2.0), CRD(size=ROWS, negatives=8, width=4)], args, train_dataset=rows(),
+        eval_dataset=rows(), callbacks=[StopAt(stop_at)] if stop_at else None,
+    )  # fmt: skip
+    torch.manual_seed(100 + resume)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    whole = run(out / "whole")
+    run(out / "cut", stop_at=STOP_AT)
+    resumed = run(out / "cut", resume=True)
+    result: dict[str, Any] = {
+        "whole": whole.learner.state_dict(),
+        "resumed": resumed.learner.state_dict(),
+        "metrics": whole.evaluate(),
+        "rows": sorted(whole.training_teacher.cache.example_ids.tolist()),
+        "files": sorted(path.name for path in (out / "whole" / "checkpoint-18").iterdir()),
+        "model is the user's": whole.model is whole.student.model,
+    }
+    torch.save(result, out / f"{os.environ.get('RANK', 0)}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Distillation on two processes: one cache, one memory bank, exact resume, and every row scored once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("processes.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    root = SCRIPT.parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), str(folder)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_both_hold_the_same_memory_and_weights(ranks: Any) -> None:
+    for name, value in ranks[0]["whole"].items():
+        torch.testing.assert_close(ranks[1]["whole"][name], value, rtol=0, atol=0, msg=name)
+    memory = next(value for name, value in ranks[0]["whole"].items() if name.endswith("memory"))  # (2, 23, 4)
+    torch.testing.assert_close(memory.norm(dim=2), torch.ones(2, 23))  # every row was seen by someone, and shared
+
+
+def test_interrupted_and_resumed_is_uninterrupted(ranks: Any) -> None:
+    for rank in ranks:
+        for name, value in rank["whole"].items():
+            torch.testing.assert_close(rank["resumed"][name], value, rtol=0, atol=0, msg=name)
+
+
+def test_the_cache_holds_every_row_and_evaluation_scores_each_once(ranks: Any) -> None:
+    for rank in ranks:
+        assert rank["rows"] == list(range(23))
+        correct = rank["metrics"]["eval_student_accuracy"] * 23
+        assert correct == pytest.approx(round(correct))
+    assert ranks[0]["metrics"]["eval_kl"] == ranks[1]["metrics"]["eval_kl"]
+
+
+def test_neither_teacher_nor_terms_are_in_the_saved_model(ranks: Any) -> None:
+    for rank in ranks:
+        assert rank["model is the user's"]
+    weights = [name for name in ranks[0]["files"] if name.endswith((".safetensors", ".bin"))]
+    assert weights == ["model.safetensors", "training_args.bin"]
