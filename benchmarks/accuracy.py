@@ -43,6 +43,8 @@ BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
 WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
 XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
 SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
+KD_CIFAR = "Distillation, CIFAR-10: the full fine-tune above into lcnet_050 from scratch, the same data, 8 epochs"
+KD_SST2 = "Distillation, SST-2: the full fine-tune above into three of its layers, and into a BiLSTM; validation split"
 
 _CIFAR = (
     f"--model {MOBILENET} --dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 "
@@ -54,6 +56,13 @@ _BANKING_RATES = "--num_train_epochs 5 --learning_rate 3e-4 --head_learning_rate
 _WNUT = f"--model {MINILM} --dataset {SHARED}/data/wnut17"
 _XRAY = f"--model {MOBILENET} --dataset {SHARED}/data/pneumonia"
 _SPEECH = f"--model runs/benchmarks/tiny_ast --dataset {SHARED}/data/spoken_digits --label_column label"
+_STUDENT = (
+    f"--dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 --max_eval_samples 2000 "
+    "--num_train_epochs 8 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no"
+)
+_KD_CIFAR = f"--teacher runs/benchmarks/cifar_full-seed42 {_STUDENT} --teacher_cache_views 2"
+_KD_SST2 = f"--teacher runs/benchmarks/sst2_full-seed42 --dataset {SHARED}/data/sst2 --save_strategy no"
+_BILSTM = f"{_KD_SST2} --model bilstm --learning_rate 2e-3 --num_train_epochs 6"
 
 JOBS = {
     "cifar_scratch": Job(CIFAR, "from scratch", "finetune_cifar", f"{_CIFAR} --pretrained false"),
@@ -67,10 +76,28 @@ JOBS = {
     "banking_full": Job(BANKING, "full", "finetune_text", f"{_BANKING} {_BANKING_RATES}"),
     "wnut_probe": Job(WNUT, "linear probe", "finetune_tokens", f"{_WNUT} --tuning linear_probe", "entity_f1"),
     "wnut_full": Job(WNUT, "full", "finetune_tokens", _WNUT, "entity_f1"),
-    "xray_probe": Job(XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc", seeds=XRAY_SEEDS),
+    "xray_probe": Job(
+        XRAY, "linear probe", "finetune_xray", f"{_XRAY} --tuning linear_probe", "auroc", seeds=XRAY_SEEDS
+    ),
     "xray_full": Job(XRAY, "full", "finetune_xray", _XRAY, "auroc", seeds=XRAY_SEEDS),
     "speech_probe": Job(SPEECH, "linear probe", "finetune_speech", f"{_SPEECH} --tuning linear_probe", seeds=SEEDS),
     "speech_full": Job(SPEECH, "full", "finetune_speech", _SPEECH, seeds=SEEDS),
+    "kd_cifar_labels": Job(
+        KD_CIFAR,
+        "labels alone",
+        "finetune_cifar",
+        f"--model lcnet_050 --pretrained false --label_smoothing_factor 0 {_STUDENT}",
+    ),
+    "kd_cifar_soft": Job(KD_CIFAR, "soft targets", "distill_cifar", _KD_CIFAR),
+    "kd_sst2_carve": Job(KD_SST2, "3 of 6 layers, soft targets", "distill_sst2", _KD_SST2, split="validation"),
+    "kd_sst2_bilstm_labels": Job(
+        KD_SST2,
+        "BiLSTM, labels alone",
+        "distill_sst2",
+        f"{_BILSTM} --hard_weight 1 --objectives SoftTargets(weight=0.0)",
+        split="validation",
+    ),
+    "kd_sst2_bilstm": Job(KD_SST2, "BiLSTM, soft targets", "distill_sst2", _BILSTM, split="validation"),
 }
 ADAPT = f"recipes/adapt_digits.py --source {SHARED}/data/mnist --target {SHARED}/data/usps --seeds 0 1 2"
 

@@ -85,7 +85,7 @@ class TransferTrainer(Trainer):
         self._counts: dict[str, Tensor] | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._terms_logged_at = 0
-        self._evaluated: Any = None  # the dataset whose loader the Trainer keeps
+        self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
         super().__init__(*args, **kwargs)
         self.objectives = list(objectives or ())
         if self.objectives:
@@ -371,11 +371,19 @@ class TransferTrainer(Trainer):
         The Trainer keeps every loader under the key "eval" (https://github.com/huggingface/transformers, trainer.py,
         get_eval_dataloader). Delete this when it keeps them by dataset.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(dataset, str) and dataset is not self._evaluated:
+        named = isinstance(eval_dataset, str)
+        dataset: Any = self.eval_dataset if eval_dataset is None or named else eval_dataset
+        if named:
+            dataset = dataset[eval_dataset]
+        elif dataset is not self.evaluated:
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-            self._evaluated = dataset
+        self.evaluated = dataset
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As the Trainer's."""
+        self.evaluated = test_dataset
+        return super().get_test_dataloader(test_dataset)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 

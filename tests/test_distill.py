@@ -98,13 +98,18 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_texts(texts: Path, tmp_
     assert result.metrics["test"]["teacher_accuracy"] == pytest.approx(expected)  # it read its own ids, not ours
 
 
-@pytest.mark.parametrize("chunk", [None, 8])
-def test_a_language_model(tmp_path: Path, chunk: int | None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_tokens": 8}, {"chunk_tokens": 8, "teacher_cache": "always", "teacher_cache_top_k": 4}],
+    ids=["whole", "chunked", "chunked from a cache"],
+)
+def test_a_language_model(tmp_path: Path, options: Any) -> None:
     teacher = tiny.language_model(tmp_path / "teacher")
     rows = datasets.Dataset.from_dict({"text": tiny.texts(12)})
     data = datasets.DatasetDict(train=rows, validation=rows)
-    result = distill(teacher, "carve:1", data, task="causal-lm", chunk_tokens=chunk, output_dir=tmp_path / "run",
-                     **QUICK)  # fmt: skip
+    settings = {**QUICK, "teacher_cache_dir": str(tmp_path / "caches"), **options}
+    result = distill(teacher, "carve:1", data, task="causal-lm", output_dir=tmp_path / "run", **settings)
+    assert (tmp_path / "caches").exists() == ("teacher_cache" in options)
     assert {"perplexity", "kl", "agreement"} <= result.metrics["validation"].keys()
 
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import hf_transfer
@@ -103,3 +104,19 @@ def test_readme_names_targets_that_exist() -> None:
         re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text())
     )
     assert {"test", "quickstart"} <= promised <= targets
+
+
+def test_slow_tests_run_every_week_and_when_asked() -> None:
+    """`make slow` in a workflow that is scheduled weekly and can be started by hand, with the time that it needs."""
+    workflows = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")]
+    (slow,) = [
+        workflow
+        for workflow in workflows
+        if any(step.get("run") == "make slow" for job in workflow["jobs"].values() for step in job["steps"])
+    ]
+    events = slow[True]  # YAML 1.1 reads `on` as true
+    assert "workflow_dispatch" in events
+    minute, hour, day, month, weekday = events["schedule"][0]["cron"].split()
+    assert minute.isdigit() and hour.isdigit() and weekday.isdigit() and (day, month) == ("*", "*")
+    assert all(120 <= job["timeout-minutes"] <= 360 for job in slow["jobs"].values())
+    assert re.search(r"^slow:.*\n\t.* -m slow$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

@@ -90,7 +90,8 @@ class DistillationTrainer(TransferTrainer):
         self._teacher = teacher
         self.teacher: Teacher
         self.training_teacher: Teacher
-        self._scoring_teacher: Teacher | None = None
+        self._scoring_teacher: Teacher | None = None  # None where only a cache of training rows answers
+        self._scored: Any = None  # the dataset whose rows it remembers
         self._fidelity: Fidelity | None = None
         super().__init__(
             model=self.student.model,
@@ -195,7 +196,10 @@ class DistillationTrainer(TransferTrainer):
         if self.args.teacher_cache_top_k is None:
             return None
         others = [t.name for t in self.objectives if isinstance(t, LogitTerm) and t.needs_all_logits]
-        return f"the terms {others} need all logits, and teacher_cache_top_k keeps some." if others else None
+        if others:
+            return f"the terms {others} need all logits, and teacher_cache_top_k keeps some."
+        moving = [t.name for t in self.objectives if callable(getattr(t, "temperature", None))]
+        return f"the temperature of {moving} moves, and the tail of teacher_cache_top_k is of one." if moving else None
 
     def _cache_key(self, views: int) -> CacheKey:
         return CacheKey(
@@ -306,6 +310,8 @@ class DistillationTrainer(TransferTrainer):
         """Compares student and teacher on a batch of an evaluation, all processes' rows once."""
         if self._scoring_teacher is None:
             return
+        if self._scored is not self.evaluated:  # two datasets may number their rows alike
+            self._scored, self._scoring_teacher = self.evaluated, RememberingTeacher(self.teacher)
         if self._fidelity is None:
             self._fidelity = Fidelity(regression=self.student.task == "regression")
         said = self._scoring_teacher(inputs).logits

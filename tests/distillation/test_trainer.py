@@ -103,6 +103,18 @@ def test_a_student_that_is_its_teacher_agrees_with_it(tmp_path: Path, data: Any,
     assert found["eval_gain_recovered"] == pytest.approx(1.0)
 
 
+def test_two_evaluation_sets_that_number_their_rows_alike_are_told_apart(
+    tmp_path: Path, data: Any, teacher: Backbone
+) -> None:
+    trainer = make(tmp_path, data, network(2), teacher)
+    raw = data.splits["train"].remove_columns("example_id")
+    low, high = (prepare(raw.select(rows), trainer.student, data.columns, train=False) for rows in ([0, 1], [7, 8]))
+    scored = [trainer.evaluate(rows)["eval_teacher_nll"] for rows in (low, high)]
+    alone = [make(tmp_path, data, network(2), teacher).evaluate(rows)["eval_teacher_nll"] for rows in (low, high)]
+    assert scored == pytest.approx(alone)
+    assert alone[0] != pytest.approx(alone[1])
+
+
 def test_a_teacher_with_its_classes_in_another_order_is_put_right(
     tmp_path: Path, data: Any, teacher: Backbone
 ) -> None:
@@ -166,6 +178,9 @@ def test_what_cannot_be_cached_is_said_before_training(tmp_path: Path, data: Any
         make(tmp_path, data, network(2), teacher, [Hint()], teacher_cache="always").train()
     with pytest.raises(TransferError, match=r"\['logit_mse'\] need all logits"):
         make(tmp_path, data, network(2), teacher, [LogitMSE()], teacher_cache="always", teacher_cache_top_k=2).train()
+    moving = [SoftTargets(temperature=lambda progress: 4 - progress)]
+    with pytest.raises(TransferError, match=r"temperature of \['soft_targets'\] moves"):
+        make(tmp_path, data, network(2), teacher, moving, teacher_cache="always", teacher_cache_top_k=2).train()
     trainer = make(tmp_path, data, network(2), teacher, teacher_cache="always")
     trainer.train_dataset = [trainer.train_dataset[i] for i in range(10)]
     with pytest.raises(TransferError, match=r"not a datasets\.Dataset"):

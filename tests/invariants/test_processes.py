@@ -1,5 +1,5 @@
-"""On two processes: what is saved is ordinary and loads with the same logits, the model stays the user's, without terms
-the stock Trainer's weights come out (DESIGN, invariants 3 to 5), and a loss that is NaN on one process stops both."""
+"""On two processes: what is saved is ordinary and loads with the same logits, the model stays the user's, and without
+terms the stock Trainer's weights come out (DESIGN, invariants 3 to 5). A NaN on one process stops both."""
 
 from __future__ import annotations
 

@@ -21,13 +21,16 @@ import tiny_runs as tiny
 from transformers import AutoModelForImageClassification
 
 import hf_transfer
-from hf_transfer import TransferError
+from hf_transfer import DistillationConfig, TransferError, finetune, load_backbone
 from hf_transfer.cli import results_table
 from hf_transfer.config import parse_given
+from hf_transfer.distill import DistillationRun
+from hf_transfer.written_terms import terms_from_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 FINETUNES = [recipe for recipe in RECIPES if recipe.name.startswith("finetune_")]
+DISTILLS = [recipe for recipe in RECIPES if recipe.name.startswith("distill_")]
 FLAGS = (  # every recipe's, beside all of TrainingArguments'
     *("model", "dataset", "tuning", "output_dir", "image_size", "max_length", "max_train_samples", "max_eval_samples"),
     *("lora_r", "train_blocks", "layer_decay", "seed", "config", "push_to_hub"),
@@ -61,6 +64,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.parquet_folder(tiny.sentences(), home / "texts")
     tiny.parquet_folder(tiny.tagged_words(), home / "words")
     tiny.parquet_folder(tiny.tones(), home / "sounds")
+    tiny.language_model(home / "gpt2")
+    lines = datasets.Dataset.from_dict({"text": tiny.texts(12)})
+    tiny.parquet_folder(datasets.DatasetDict(train=lines, validation=lines), home / "lines")
+    return home
+
+
+@pytest.fixture(scope="module")
+def teachers(home: Path) -> Path:
+    """Runs of finetune() to learn from: of two classes of images, and of sentences."""
+    quick = {**tiny.QUICK, "save_strategy": "no"}
+    finetune("test_resnet", home / "images", pretrained=False, image_size=32, output_dir=home / "resnet", **quick)
+    finetune(home / "bert", home / "texts", output_dir=home / "classifier", **quick)
     return home
 
 
@@ -113,6 +128,86 @@ def test_fine_tuning_by_a_file(home: Path, tmp_path: Path) -> None:
     assert written["training_arguments"]["learning_rate"] == 1e-3
     assert written["training_arguments"]["num_train_epochs"] == 1
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 4
+
+
+DISTILLED: dict[tuple[str, str], tuple[str, str, list[str], list[str]]] = {
+    # recipe, student -> (teacher, data, more flags, metrics of the last split)
+    ("distill_cifar.py", "test_vit"): (
+        "resnet", "images",
+        ["--image_size", "32", "--objectives", "DKD(beta=2.0)", "AttentionTransfer(layers='last', weight=10.0)"],
+        ["accuracy", "agreement", "kl", "teacher_ece"],
+    ),
+    ("distill_cifar.py", "born-again"): ("resnet", "images", [], ["accuracy", "agreement"]),
+    ("distill_sst2.py", "carve:1"): ("classifier", "texts", ["--max_length", "16"], ["accuracy", "agreement"]),
+    ("distill_sst2.py", "bilstm"): (
+        "classifier", "texts", ["--learning_rate", "2e-3", "--objectives", "LogitMSE(weight=0.9)"], ["student_nll"]
+    ),
+    ("distill_lm.py", "carve:1"): (
+        "gpt2", "lines", ["--max_length", "16", "--chunk_tokens", "8"], ["perplexity", "agreement", "kl"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "student"), DISTILLED)
+def test_distilling(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, student: str
+) -> None:
+    teacher, data, flags, metrics = DISTILLED[recipe, student]
+    folder = tmp_path / "run"
+    places = ["--teacher", teachers / teacher, "--dataset", teachers / data, "--output_dir", folder]
+    launch(recipe, "--model", student, *places, *SHORT, "--save_strategy", "no", "--teacher_cache", "never", *flags)
+    written = tiny.results(folder)
+    split = "test" if data != "lines" else "validation"
+    assert set(metrics) <= written["metrics"][split].keys()
+    assert written["teacher"] == teacher and written["steps"] > 0
+    assert len(written["objectives"]) == 1 + max(1, sum("(" in flag for flag in flags))  # and the labels' own
+    assert load_backbone(folder).model.config.model_type
+    printed = capsys.readouterr().out
+    assert results_table(folder) in printed and str(folder) in printed
+
+
+@pytest.mark.slow
+def test_distilling_into_alexnet(teachers: Path, tmp_path: Path) -> None:
+    """57 million parameters, at random: no weights lie here."""
+    folder = tmp_path / "run"
+    places = ["--teacher", teachers / "resnet", "--dataset", teachers / "images", "--output_dir", folder]
+    flags = ["--pretrained", "false", "--image_size", "64", "--save_strategy", "no"]
+    launch("distill_cnn_alexnet.py", *places, *flags, *SHORT)
+    written = tiny.results(folder)
+    assert "SoftTargets" in written["objectives"][0] and "Hint" in written["objectives"][1]
+    assert written["costs"]["parameters"]["student"] == written["total_parameters"]
+    assert 0 <= written["metrics"]["test"]["agreement"] <= 1
+    assert type(load_backbone(folder).model).__name__.startswith("AlexNet")
+
+
+def test_a_language_models_largest_logits_from_a_cache(teachers: Path, tmp_path: Path) -> None:
+    places = ["--teacher", teachers / "gpt2", "--dataset", teachers / "lines", "--output_dir", tmp_path / "run"]
+    cache = ["--teacher_cache", "always", "--teacher_cache_top_k", 4, "--teacher_cache_dir", tmp_path / "caches"]
+    launch("distill_lm.py", "--model", "carve:1", *places, *SHORT, "--max_length", "16", *cache)
+    assert tiny.results(tmp_path / "run")["metrics"]["validation"]["kl"] >= 0
+    (manifest,) = (tmp_path / "caches").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["kept"]["top_k"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "error: teacher must be given"),
+        (["--teacher", "resnet", "--temperature", "2"], "error: unknown flag --temperature"),
+        (["--teacher", "resnet", "--objectives", "SoftTarget"], "error: The term 'SoftTarget': 'SoftTarget' is neither"),
+        (["--teacher", "resnet", "--teacher_cache", "sometimes"], "error: teacher_cache='sometimes' is not valid"),
+    ],
+    ids=["teacher", "flag", "term", "cache"],
+)
+def test_bad_input_of_a_distillation_is_one_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    flags = [str(home / flag) if flag == "resnet" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        launch("distill_cifar.py", "--dataset", home / "images", "--output_dir", tmp_path / "run", *SHORT, *flags)
+    written = capsys.readouterr()
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert next(line for line in written.err.splitlines() if line.startswith("error:")).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +328,50 @@ def test_two_processes_make_one_run_folder(home: Path, tmp_path: Path) -> None:
     assert not leftovers and not list(tmp_path.glob(".run*"))
 
 
+def accelerate_launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch --cpu recipes/finetune_cifar.py ARGUMENTS`, as its docstring opens."""
+    accelerate, recipe = Path(sys.executable).with_name("accelerate"), ROOT / "recipes/finetune_cifar.py"
+    command = [str(accelerate), "launch", "--cpu", str(recipe), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+OFFLINE = ("--model", "test_resnet", "--pretrained", "false", "--dataset", "digits", "--image_size", "32")
+
+
+@pytest.mark.slow
+def test_accelerate_launches_a_recipe(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = accelerate_launch(*OFFLINE, "--max_train_samples", 200, "--max_steps", 3, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = tiny.results(folder)
+    assert (written["steps"], written["processes"], written["pretrained"]) == (3, 1, False)
+    assert written["counts"] == {"train": 200, "validation": 144, "test": 360}
+    assert 0 <= written["metrics"]["test"]["accuracy"] <= 1 and 0 <= written["metrics"]["validation"]["accuracy"] <= 1
+    assert results_table(folder) in done.stdout and f"Saved to {folder}" in done.stdout
+    assert "max_steps = 3 (from the command line)" in done.stderr
+    assert AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 10
+
+
+@pytest.mark.slow
+def test_accelerate_launches_a_recipe_by_a_file(tmp_path: Path) -> None:
+    """The file sets the recipe's defaults aside, the command line the file's; what neither knows stops the launch."""
+    config = tmp_path / "run.yaml"
+    config.write_text("tuning: partial\ntrain_blocks: 1\nlearning_rate: 1e-2\nmax_steps: 2\nmax_train_samples: 100\n")
+    arguments = (*OFFLINE, "--config", config, "--learning_rate", "1e-3", "--output_dir", tmp_path / "run")
+    done = accelerate_launch(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = tiny.results(tmp_path / "run")
+    assert (written["tuning"], written["options"]["train_blocks"], written["steps"]) == ("partial", 1, 2)
+    assert written["training_arguments"]["learning_rate"] == 1e-3
+    assert written["training_arguments"]["label_smoothing_factor"] == 0.1  # the recipe's own
+    config.write_text(config.read_text() + "learning_rat: 1e-2\n")
+    refused = accelerate_launch(*arguments[:-1], tmp_path / "other")
+    assert refused.returncode != 0 and not (tmp_path / "other").exists()
+    assert f"error: {config}: unknown key learning_rat, did you mean learning_rate" in refused.stderr
+
+
 # ---- what they say --------------------------------------------------------------------------------------------------
 
 
@@ -251,13 +390,19 @@ COMMANDS = [(recipe, words) for recipe in RECIPES for words in commands(recipe)]
 
 
 def test_every_recipe_opens_with_its_commands() -> None:
-    assert {recipe.name for recipe in RECIPES} >= {*SMALL, "adapt_digits.py", "quickstart.py"}
+    distills = {recipe for recipe, _ in DISTILLED} | {"distill_cnn_alexnet.py"}
+    assert {recipe.name for recipe in DISTILLS} == distills
+    assert {recipe.name for recipe in RECIPES} >= {*SMALL, *distills, "adapt_digits.py", "quickstart.py"}
     assert all(len(commands(recipe)) >= 2 for recipe in RECIPES)
 
 
 @pytest.mark.parametrize(("recipe", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
 def test_the_docstrings_commands_parse(
-    recipe: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
     if words[0] == "make":
@@ -265,8 +410,10 @@ def test_the_docstrings_commands_parse(
         return
     start = 1 if words[0] == "python" else 2
     assert words[:start] in (["python"], ["accelerate", "launch"])
-    assert ROOT / words[start] == recipe
-    flags = words[start + 1 :]
+    assert ROOT / words[start] in RECIPES
+    own = ROOT / words[start] == recipe
+    assert own or (recipe in DISTILLS and words[start].startswith("recipes/finetune_"))  # the one for its teacher
+    recipe, flags = ROOT / words[start], words[start + 1 :]
     if "--help" in flags:
         with pytest.raises(SystemExit) as stopped:
             launch(recipe.name, *flags)
@@ -277,6 +424,14 @@ def test_the_docstrings_commands_parse(
         defaults = runpy.run_path(str(recipe))["DEFAULTS"]
         run, given = parse_given(flags, defaults=defaults, description="")
         assert run.model and run.dataset and given["output_dir"].startswith("runs/")
+    elif recipe in DISTILLS:
+        defaults = runpy.run_path(str(recipe))["DEFAULTS"]
+        run, given = parse_given(
+            flags, defaults=defaults, description="", run_config=DistillationRun, training_config=DistillationConfig
+        )
+        assert isinstance(run, DistillationRun) and run.teacher and run.model and run.dataset
+        assert terms_from_text(run.objectives or [])
+        DistillationConfig(**{**given, "output_dir": str(tmp_path), "use_cpu": True})
     else:
         reached: list[Any] = []
 

@@ -1,0 +1,447 @@
+"""What a teacher costs: an epoch of distillation beside an epoch of plain training of the same student.
+
+    OMP_NUM_THREADS=1 python benchmarks/distillation_cost.py                   # both cases: about 15 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/distillation_cost.py text --rounds 7   # one of them; the other's figures stay
+
+Four ways to train one epoch run once a round in one process, in an order drawn anew each round, all from the same
+weights over the same batches: the stock transformers.Trainer, TransferTrainer with cross-entropy, DistillationTrainer
+with a warm cache, and with a live teacher. The forward passes of student and teacher on those batches are timed in the
+same round: with them 1 + F_T / (3 F_S) is what a live teacher costs at least, a training step being three forward
+passes of the student. F_S is that of a training step, which makes a graph; F_T is in inference mode.
+
+A figure is the median of the rounds' ratios, and the interval is that of the median by its order statistics. CPU time
+is of the whole process and disregards other work on the machine; wall time is beside it. That the work is equal is
+checked by results: see `Checks`.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from math import comb
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hf_transfer._torchvision import make_torchvision_importable
+
+make_torchvision_importable()
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from hf_transfer import (  # noqa: E402
+    Backbone,
+    DistillationConfig,
+    DistillationTrainer,
+    TransferConfig,
+    TransferTrainer,
+    load_backbone,
+    load_data,
+)
+from hf_transfer.data.collate import collator_for  # noqa: E402
+from hf_transfer.data.replay import dataset_epoch  # noqa: E402
+from hf_transfer.data.transforms import prepare  # noqa: E402
+from hf_transfer.distillation.live import LiveTeacher  # noqa: E402
+from hf_transfer.distillation.student import carve  # noqa: E402
+from hf_transfer.objective import CONTRACT_COLUMNS, model_inputs  # noqa: E402
+from hf_transfer.objectives import CrossEntropy, SoftTargets  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+RESULTS = ROOT / "benchmarks" / "distillation_cost.json"
+ROUNDS, WARM_UP, SEED = 15, 1, 0
+ARMS = ("stock", "plain", "cached", "live")
+ROWS = {
+    "cached / plain": ("warm cache / TransferTrainer", "<= 1.10"),
+    "cached / stock": ("warm cache / transformers.Trainer", "<= 1.10"),
+    "plain / stock": ("TransferTrainer / transformers.Trainer", ""),
+    "live / plain": ("live teacher / TransferTrainer", ""),
+    "floor": ("floor of a live teacher", ""),
+    "live / plain / floor": ("live teacher / TransferTrainer / floor", "<= 1.10"),
+}
+EQUAL = 0.02  # two runs of the same work end so near each other, in units of how far they went
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student, its teacher, and the rows of an epoch.
+
+    Attributes:
+        label: What it is, for the table.
+        student: From whose weights each epoch starts.
+        teacher: What it knows does not matter here.
+        rows: Prepared training rows, whole batches of them.
+        batch_size: Rows a step.
+        learning_rate: Small enough that rounding does not grow over the epoch.
+    """
+
+    label: str
+    student: Backbone
+    teacher: Backbone
+    rows: Any
+    batch_size: int
+    learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of CPU time of the process and of wall time."""
+
+    cpu: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(time.process_time(), time.perf_counter())
+
+    def since(self, start: "Clock") -> "Clock":
+        return Clock(self.cpu - start.cpu, self.wall - start.wall)
+
+    def plus(self, other: "Clock") -> "Clock":
+        return Clock(self.cpu + other.cpu, self.wall + other.wall)
+
+
+class Watch(transformers.TrainerCallback):
+    """Takes the time of an epoch, and of what train() did before it.
+
+    Attributes:
+        setup: From its making to the start of the epoch.
+        epoch: Of the epoch.
+    """
+
+    setup: Clock
+    epoch: Clock
+
+    def __init__(self) -> None:
+        self.start = Clock.now()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begin = Clock.now()
+        self.setup = self.begin.since(self.start)
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.epoch = Clock.now().since(self.begin)
+
+
+# ---- the arms -----------------------------------------------------------------------------------------------------
+
+
+def trainer_of(arm: str, case: Case, folder: Path, *, soft: float = 0.9, hard: float = 0.1) -> transformers.Trainer:
+    """A trainer of one epoch from the case's weights."""
+    student = replace(case.student, model=deepcopy(case.student.model))
+    collator = collator_for(student)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / arm), "per_device_train_batch_size": case.batch_size, "num_train_epochs": 1,
+        "learning_rate": case.learning_rate, "lr_scheduler_type": "constant", "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "report_to": "none", "logging_steps": 10, "seed": SEED, "data_seed": SEED,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    if arm == "stock":
+        args = transformers.TrainingArguments(**settings, remove_unused_columns=False)
+        trainer = transformers.Trainer(
+            model=student.model, args=args, train_dataset=case.rows, data_collator=_WithoutIds(collator)
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+    if arm == "plain":
+        return TransferTrainer(
+            model=student.model, objectives=[CrossEntropy()], args=TransferConfig(**settings),
+            train_dataset=case.rows, data_collator=collator,
+        )  # fmt: skip
+    mode = {"cached": "always", "live": "never"}[arm]
+    caches = {"teacher_cache": mode, "teacher_cache_dir": str(folder / "caches")}
+    return DistillationTrainer(
+        model=student, teacher=LiveTeacher(case.teacher, student), objectives=[SoftTargets(4.0, weight=soft)],
+        args=DistillationConfig(**settings, **caches, hard_weight=hard), train_dataset=case.rows,
+        data_collator=collator,
+    )  # fmt: skip
+
+
+class _WithoutIds:
+    """A collator whose batches the stock Trainer can hand to the model."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = self.collator(rows)
+        return {name: value for name, value in batch.items() if name == "labels" or name not in CONTRACT_COLUMNS}
+
+
+def train(arm: str, case: Case, folder: Path, **weights: float) -> tuple[Watch, torch.Tensor]:
+    """One epoch of one arm: its times, and the weights that it ends with."""
+    trainer = trainer_of(arm, case, folder, **weights)
+    counter = dataset_epoch(case.rows)
+    if counter is not None:
+        counter.set(0)  # the stock Trainer leaves it where it is
+    gc.collect()
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch, flat(trainer.model)
+
+
+def forward_times(case: Case, batches: Iterable[Mapping[str, Any]]) -> tuple[Clock, Clock]:
+    """Teacher's and student's forward passes over some batches, one after the other batch by batch."""
+    student, teacher = replace(case.student, model=deepcopy(case.student.model)), case.teacher
+    bridge = LiveTeacher(teacher, student).bridge
+    student.model.train()
+    totals = [Clock(0, 0), Clock(0, 0)]
+    for batch in batches:
+        own, seen = model_inputs(batch), bridge(batch)
+        start = Clock.now()
+        with torch.inference_mode():
+            teacher.model(**seen)
+        middle = Clock.now()
+        outputs = student.model(**own)
+        end = Clock.now()
+        del outputs  # its graph goes in the backward pass, which is not part of this
+        totals = [totals[0].plus(middle.since(start)), totals[1].plus(end.since(middle))]
+    return totals[0], totals[1]
+
+
+# ---- rounds -------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
+    """Runs the arms of a case; gives each round's seconds, and the checks that the work was equal."""
+    order, arms = random.Random(SEED), [*ARMS, "forward"]
+    times: list[dict[str, Clock]] = []
+    ends: dict[str, torch.Tensor] = {}
+    apart = 0.0  # how far rounds of one arm end from each other
+    batches = list(trainer_of("plain", case, folder).get_train_dataloader())
+    train("cached", case, folder)  # writes the cache
+    for i in range(-WARM_UP, rounds):
+        order.shuffle(arms)
+        taken: dict[str, Clock] = {}
+        for arm in arms:
+            if arm == "forward":
+                taken["teacher forward"], taken["student forward"] = forward_times(case, batches)
+                continue
+            watch, end = train(arm, case, folder)
+            taken[arm], taken[f"{arm} setup"] = watch.epoch, watch.setup
+            apart = max(apart, float((end - ends.setdefault(arm, end)).norm()))
+        if i >= 0:
+            times.append(taken)
+        told = ", ".join(f"{name} {taken[name].cpu:.2f}" for name in sorted(taken))
+        print(f"{case.label}: round {i + 1} of {rounds}: {told}", file=sys.stderr, flush=True)
+    return {
+        "label": case.label,
+        "rows": len(case.rows),
+        "batch_size": case.batch_size,
+        "steps": len(batches),
+        "checks": checks(case, folder, ends, apart),
+        **{
+            kind: {name: [round(getattr(taken[name], kind), 4) for taken in times] for name in times[0]}
+            for kind in ("cpu", "wall")
+        },
+    }
+
+
+def checks(case: Case, folder: Path, ends: Mapping[str, torch.Tensor], apart: float) -> dict[str, float]:
+    """That the arms did the same work, by how far apart the weights are that they end with.
+
+    In units of how far plain training moved the weights; 0 is the same bit for bit. The stock Trainer and plain
+    training end alike; so do a live teacher and a cached one, which is kept in half precision; and plain training and
+    distillation whose teacher has weight 0. With a teacher, the weights end elsewhere than without.
+
+    Raises:
+        SystemExit: If it is not so.
+    """
+    silent = train("cached", case, folder, soft=0.0, hard=1.0)[1]
+    moved = float((ends["plain"] - flat(case.student.model)).norm())
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm()) / moved
+
+    found = {
+        "rounds": apart / moved,
+        "stock, plain": distance(ends["stock"], ends["plain"]),
+        "live, cached": distance(ends["live"], ends["cached"]),
+        "silent teacher, plain": distance(silent, ends["plain"]),
+    }
+    taught = distance(ends["cached"], ends["plain"])
+    if max(found.values()) > EQUAL or taught <= EQUAL:
+        raise SystemExit(f"{case.label}: the arms did not do the work that they should have: {found}, taught {taught}")
+    return {**found, "cached, plain": taught}
+
+
+def flat(model: Any) -> torch.Tensor:
+    """All weights as one vector."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The median of the rounds' values, and an interval that holds it in at least 95 % of cases (from 6 rounds)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Figure":
+        ranked = sorted(values)
+        n = len(ranked)
+        outside = max(
+            (k for k in range(n // 2) if 2 * sum(comb(n, j) for j in range(k + 1)) / 2**n <= 0.05), default=0
+        )
+        return cls(median(ranked), ranked[outside], ranked[-1 - outside])
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def figures(found: Mapping[str, Any], kind: str = "cpu") -> dict[str, Figure]:
+    """What a case's seconds amount to.
+
+    Args:
+        found: What `measure` gave.
+        kind: "cpu" or "wall".
+
+    Returns:
+        By name: an epoch with a warm cache over plain ones; a live teacher's, and over the floor of its round.
+    """
+    seconds = found[kind]
+    rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
+
+    def floor(each: Mapping[str, float]) -> float:
+        return 1 + each["teacher forward"] / (3 * each["student forward"])
+
+    return {
+        "cached / plain": Figure.of(each["cached"] / each["plain"] for each in rounds),
+        "cached / stock": Figure.of(each["cached"] / each["stock"] for each in rounds),
+        "plain / stock": Figure.of(each["plain"] / each["stock"] for each in rounds),
+        "live / plain": Figure.of(each["live"] / each["plain"] for each in rounds),
+        "floor": Figure.of(map(floor, rounds)),
+        "live / plain / floor": Figure.of(each["live"] / each["plain"] / floor(each) for each in rounds),
+    }
+
+
+def table(path: Path = RESULTS) -> list[str]:
+    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text())
+    lines = [
+        "## What a teacher costs: an epoch of distillation over one of plain training of the same student",
+        "",
+        "SoftTargets and cross-entropy, against cross-entropy alone; median of paired rounds with its 95 % interval.",
+        "The floor of a live teacher is 1 + F_T / (3 F_S), from forward times of teacher and student of the same round.",
+        "",
+        "| student, teacher | epochs compared | target | CPU time | wall time | rounds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in measured["cases"].values():
+        cpu, wall = figures(found), figures(found, "wall")
+        for name, (title, target) in ROWS.items():
+            rounds = len(found["cpu"]["plain"])
+            lines.append(f"| {found['label']} | {title} | {target} | {cpu[name]} | {wall[name]} | {rounds} |")
+    lines += ["", *(_in_words(found) for found in measured["cases"].values())]
+    return [*lines, "", f"`python benchmarks/distillation_cost.py` on {measured['machine']}."]
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    """What a step and a run cost more, of one case."""
+    seconds = {name: median(values) for name, values in found["cpu"].items()}
+    step = 1000 * (seconds["cached"] - seconds["plain"]) / found["steps"]
+    setup = seconds["cached setup"] - seconds["plain setup"]
+    return (
+        f"{found['label']}: {found['steps']} steps of {found['batch_size']} rows; the warm cache costs {step:.1f} ms of "
+        f"{1000 * seconds['plain'] / found['steps']:.0f} ms a step, and {setup:.2f} s once a run, in which it is found "
+        "and checked."
+    )
+
+
+# ---- cases --------------------------------------------------------------------------------------------------------
+
+
+def image(rows: int, batch_size: int) -> Case:
+    """LCNet from random weights beside a MobileNetV2, at 96 px, on CIFAR-10 under light augmentation."""
+    data = load_data(_shared("data/cifar10"), max_train_samples=rows)
+    teacher = load_backbone(_shared("weights/mobilenetv2_100.coral_tf2_in1k"), labels=data.labels, image_size=96)
+    student = load_backbone("lcnet_050", labels=data.labels, pretrained=False, image_size=96)
+    prepared = prepare(data.splits["train"], student, data.columns, train=True)
+    label = "lcnet_050 beside mobilenetv2_100, 96 px, CIFAR-10"
+    return Case(label, student, teacher, _whole_batches(prepared, batch_size), batch_size)
+
+
+def text(rows: int, batch_size: int) -> Case:
+    """Three layers of MiniLM beside all six, on SST-2."""
+    data = load_data(_shared("data/sst2"), max_train_samples=rows)
+    teacher = load_backbone(_shared("weights/all-MiniLM-L6-v2"), labels=data.labels)
+    prepared = prepare(data.splits["train"], teacher, data.columns, train=True)
+    label = "3 layers of MiniLM beside 6, SST-2"
+    return Case(label, carve(teacher, layers=3), teacher, _whole_batches(prepared, batch_size), batch_size)
+
+
+CASES: dict[str, Callable[[int, int], Case]] = {"image": image, "text": text}
+
+
+def _shared(name: str) -> str:
+    path = SHARED / name
+    if not path.exists():
+        raise FileNotFoundError(f"it needs {path}, which is not part of the project")
+    return str(path)
+
+
+def _whole_batches(rows: Any, batch_size: int) -> Any:
+    return rows.select(range(len(rows) // batch_size * batch_size))
+
+
+def run(cases: Mapping[str, Callable[[], Case]], rounds: int, path: Path = RESULTS) -> None:
+    """Measures cases and writes them into the file, beside those that are there.
+
+    Args:
+        cases: By name, what makes each; one whose data is missing says so and is left out.
+        rounds: That count.
+        path: The file.
+    """
+    measured: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
+    for name, make in cases.items():
+        try:
+            case = make()
+        except FileNotFoundError as missing:
+            print(f"{name}: skipped, {missing}", file=sys.stderr)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            measured["cases"][name] = measure(case, rounds, Path(folder))
+        measured["machine"] = (
+            f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}"
+        )
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the cases named on the command line, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[], help="all by default")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rows", type=int, default=640, help="of the training split; one in ten is held out")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    transformers.set_seed(SEED)
+    names = given.cases or list(CASES)
+    run(
+        {name: (lambda make=CASES[name]: make(given.rows, given.batch_size)) for name in names},
+        given.rounds,
+        given.results,
+    )
+    print("\n".join(table(given.results)))
+
+
+if __name__ == "__main__":
+    main()
