@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_transfer.distillation.trainer import DistillationTrainer as DistillationTrainer
     from hf_transfer.errors import TransferError as TransferError
     from hf_transfer.finetune import finetune as finetune
+    from hf_transfer.frozen.probe import probe as probe
     from hf_transfer.objective import Objective as Objective
     from hf_transfer.objective import Step as Step
     from hf_transfer.plans import plan as plan
@@ -71,6 +72,7 @@ _HOME = {  # public name -> the module that defines it
     "load_data": "data.sources",
     "merge": "adapters",
     "plan": "plans",
+    "probe": "frozen.probe",
 }
 
 __all__ = ["__version__", *_HOME]

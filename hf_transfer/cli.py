@@ -1,5 +1,6 @@
-"""The command `hf-transfer`: fine-tune or distil by flags, upload a run folder, show its results.
+"""The command `hf-transfer`: rank backbones, fine-tune or distil by flags, upload a run folder, show its results.
 
+    hf-transfer probe --models timm/resnet18.a1_in1k timm/vit_tiny_patch16_224.augreg_in21k --dataset uoft-cs/cifar10
     hf-transfer finetune --model timm/resnet18.a1_in1k --dataset uoft-cs/cifar10 --tuning lora --output_dir runs/lora
     hf-transfer distill --teacher runs/lora --model mobilenetv3_small_050 --dataset uoft-cs/cifar10
     hf-transfer report runs/lora
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("distill", help="distil a teacher into a student (hf-transfer distill --help lists the flags)")
 
+    _add_probe(commands)
+
     report = commands.add_parser("report", help="print a run folder's results")
     report.add_argument("folder", type=Path, help="a run folder: it holds results.json")
     report.set_defaults(command=lambda options: print(results_table(options.folder)))
@@ -67,6 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch to upload to; the main one by default")
     push.set_defaults(command=_push)
     return parser
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser(
+        "probe", help="rank backbones for data by their frozen features; nothing is fine-tuned"
+    )
+    probe.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="Hub ids, folders or timm names")
+    probe.add_argument("--dataset", required=True, help="Hub id, folder, file or digits")
+    probe.add_argument("--methods", nargs="+", metavar="METHOD", help="of linear, knn, lda, logistic; all by default")
+    probe.add_argument("--folds", type=int, help="of the cross-validation, 5 by default; 0 judges validation rows")
+    probe.add_argument("--image_size", type=int, help="side of the images in pixels; each backbone's own by default")
+    probe.add_argument("--max_length", type=int, help="tokens a text is cut to; each backbone's own by default")
+    probe.add_argument("--max_train_samples", type=int, help="probe with at most this many training rows")
+    probe.add_argument("--max_eval_samples", type=int, help="look at this many rows of validation and of test")
+    probe.add_argument("--input_column", help="column of the inputs; inferred by default")
+    probe.add_argument("--label_column", help="column of the labels; inferred by default")
+    probe.add_argument("--batch_size", type=int, help="rows a forward pass, 64 by default")
+    probe.add_argument("--seed", type=int, help="of subset and folds, 0 by default")
+    probe.set_defaults(command=_probe)
 
 
 def _finetune(argv: Sequence[str]) -> None:
@@ -94,6 +116,15 @@ def _distill(argv: Sequence[str]) -> None:
     result = distill(**vars(config), **given)
     if is_first_process():
         print(f"{result.folder}\n{results_table(result.folder)}")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from hf_transfer.frozen.probe import probe
+
+    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    if given.get("folds") == 0:
+        given["folds"] = None
+    print(probe(given.pop("models"), given.pop("dataset"), **given))
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -59,9 +59,16 @@ class RunConfig:
         input_column: Column of the inputs; inferred by default.
         label_column: Column of the labels; inferred by default.
         on_bad_example: What an unreadable example does: "raise" an error that names it, or be "skip"ped.
+        cache: Whether frozen layers below those that train run once for each row, and are read from disk afterwards:
+            "always", "never", or "auto", which measures both and says what it chose. Not for distillation.
+        cache_views: With random augmentation, how many versions of each row are cached, from 1; epoch e trains on
+            version e % views. By default "auto" does not cache augmented rows, and "always" makes 4 versions.
+        cache_dtype: What is kept of each number: "float32", "bfloat16" or "float16".
+        cache_dir: Where caches lie; by default beside those of the Hub, where later runs find them.
+        cache_max_bytes: The most that the cache of a run may take, from 1.
 
     Raises:
-        TransferError: If a size, a count or the rank is below 1, or an alpha below 0.
+        TransferError: If a size, a count or the rank is below 1, an alpha below 0, or a choice is not one of those.
     """
 
     model: str = flag("Hub id, local folder, timm name or torchvision/NAME.")
@@ -86,15 +93,27 @@ class RunConfig:
     input_column: str | None = flag("Column of the inputs; inferred by default.", default=None)
     label_column: str | None = flag("Column of the labels; inferred by default.", default=None)
     on_bad_example: Literal["raise", "skip"] = flag("What an unreadable example does.", default="raise")
+    cache: Literal["auto", "always", "never"] = flag("Whether frozen layers run once for each row.", default="auto")
+    cache_views: int | None = flag("Augmented versions of a row in the cache.", default=None)
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = flag("What the cache keeps.", default="float32")
+    cache_dir: str | None = flag("Folder of the caches of frozen layers.", default=None)
+    cache_max_bytes: int = flag("The most that the cache of a run may take.", default=16 * 2**30)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "max_length", "max_train_samples", "max_eval_samples", "lora_r"):
+        counts = ("image_size", "max_length", "max_train_samples", "max_eval_samples", "lora_r")
+        for name in (*counts, "cache_views", "cache_max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TransferError(f"{name}={value} is not valid: it must be a whole number from 1.")
         for name in ("mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise TransferError(f"{name}={getattr(self, name)} is not valid: it must be a number from 0.")
+        for name in ("cache", "cache_dtype"):
+            valid = get_args(get_type_hints(RunConfig)[name])
+            if getattr(self, name) not in valid:
+                raise TransferError(
+                    f"{name}={getattr(self, name)!r} is not valid: it must be one of {', '.join(valid)}."
+                )
         if isinstance(self.train_blocks, str):
             self.train_blocks = _number_or_names(self.train_blocks)
 

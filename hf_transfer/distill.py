@@ -86,8 +86,8 @@ def distill(
 
     Args:
         teacher: A Hub id, a folder, a Backbone, a network, or a list of these.
-        model: The student: a Hub id, folder, timm name or Backbone; or made from the teacher: "carve:3",
-            "born-again", "bilstm".
+        model: The student: a Hub id, folder, timm name or Backbone; or made from the (first) teacher: "carve:3",
+            "carve:0,2,5", "born-again", "bilstm".
         dataset: As for `finetune`.
         objectives: The terms that learn from the teacher, as objects or as they are written in Python; by default
             soft targets. The loss against the labels joins them with `hard_weight`.
@@ -101,6 +101,8 @@ def distill(
         TransferError: For bad input, before any training.
     """
     from .distillation.config import DistillationConfig
+    from .distillation.fidelity import MEASURES
+    from .evaluation import check_best_metric, compute_metrics_for
     from .hub.leaks import shown_name
     from .plans import plan
     from .run_folder import run_facts
@@ -119,6 +121,9 @@ def distill(
     student = _student(model, teachers[0], run, data, seed)
     used = {**training_defaults(student.modality, run.tuning), **training}
     args = arguments(DistillationConfig, used, training, data)
+    metrics_of_task = compute_metrics_for(student.task, student.labels or student.outputs).names
+    check_best_metric(args, [*metrics_of_task, *MEASURES])
+    args.baseline_score = baseline.get("validation", args.baseline_score)
     log_choices(run, student, args, {name: value for name, value in used.items() if name not in training})
     tuning = tuning_from_name(run.tuning, train_blocks=run.train_blocks, lora_r=run.lora_r)
     if len(tuning.phases(student.model)) > 1:
@@ -132,13 +137,13 @@ def distill(
     trained = plan(student.model, learning_rate=args.learning_rate)
     facts = {
         **run_facts(run, args, used, data, {split: prepared[split] for split in data.splits}),
-        "teacher": shown_name(run.teacher),
+        "teacher": ", ".join(map(shown_name, run.teacher.split(", "))),
         "tuning_settings": str(tuning),
         "objectives": [str(term) for term in trainer.objectives],
         "trainable_parameters": trained.trainable,
         "total_parameters": trained.total,
         "metrics": metrics,
-        "costs": _costs(trainer, prepared),
+        "costs": _costs(trainer),
         "calibration": _calibrate(trainer, prepared),
         "steps": trainer.state.global_step,
         "seconds": {"train": round(seconds, 1), "total": round(time.time() - started, 1)},
@@ -165,7 +170,7 @@ def _terms(objectives: Sequence[Objective | str] | None) -> list[Objective] | No
 
 
 def _baseline(folder: str | None) -> dict[str, float]:
-    """The accuracy by split of a run without a teacher."""
+    """The accuracy by split of a run without a teacher; empty without one."""
     if folder is None:
         return {}
     path = Path(folder) / "results.json"
@@ -182,13 +187,17 @@ def _baseline(folder: str | None) -> dict[str, float]:
 def _teachers(teacher: Any) -> list[Backbone]:
     from torch import nn
 
+    from .adapters import is_adapted
     from .backbones import Backbone, load_backbone
-    from .distillation.teacher import backbone_of
+    from .distillation.teacher import backbone_of, merged
 
     def one(given: Any) -> Backbone:
         if isinstance(given, Backbone):
             return given
-        return backbone_of(given, None) if isinstance(given, nn.Module) else load_backbone(given)
+        if isinstance(given, nn.Module):
+            return backbone_of(given, None)
+        loaded = load_backbone(given)
+        return merged(loaded) if is_adapted(loaded.model) else loaded
 
     given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     if not given:
@@ -202,14 +211,18 @@ def _student(model: Any, teacher: Backbone, run: DistillationRun, data: Data, se
     from .distillation.student import bilstm_student, born_again, carve
     from .starting_points import starting_backbone
 
-    set_seed(seed)  # new weights are drawn at random
-    if not isinstance(model, str):
+    made = isinstance(model, str) and (model.startswith(CARVED) or model in (BORN_AGAIN, BILSTM))
+    if not made:
         return starting_backbone(model, run, data, adapt=run.tuning == "lora", seed=seed)
+    if teacher.task != data.columns.task:
+        raise TransferError(
+            f"model={model!r} is made from the teacher {teacher.name!r}, which is for {teacher.task}, and the data is "
+            f"for {data.columns.task}: give a teacher of the data's task."
+        )
+    set_seed(seed)  # new weights are drawn at random
     if model.startswith(CARVED):
         return carve(teacher, _layers(model))
-    if model in (BORN_AGAIN, BILSTM):
-        return (born_again if model == BORN_AGAIN else bilstm_student)(teacher)
-    return starting_backbone(model, run, data, adapt=run.tuning == "lora", seed=seed)
+    return (born_again if model == BORN_AGAIN else bilstm_student)(teacher)
 
 
 def _layers(model: str) -> int | list[int]:
@@ -273,12 +286,13 @@ def _evaluate(
     metrics: dict[str, dict[str, float]] = {}
     for split in ("validation", "test"):
         if split in prepared:
-            trainer.args.baseline_score = baseline.get(split, trainer.args.baseline_score)
+            if baseline:
+                trainer.args.baseline_score = baseline.get(split)
             metrics |= evaluate_splits(trainer, {split: prepared[split]})
     return metrics
 
 
-def _costs(trainer: DistillationTrainer, prepared: Mapping[str, Any]) -> dict[str, Any]:
+def _costs(trainer: DistillationTrainer) -> dict[str, Any]:
     """Parameters, multiply-adds of one row and the ratio of latencies, of student and teacher."""
     from .distillation.costs import latency_ratio, macs, parameters
     from .distillation.live import NetworkTeacher

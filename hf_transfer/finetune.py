@@ -68,6 +68,8 @@ def finetune(
     Raises:
         TransferError: For bad input, before any training.
     """
+    from .evaluation import check_best_metric, compute_metrics_for
+    from .frozen.training import CachedTrainer
     from .phases import train_in_phases
     from .plans import plan
     from .run_folder import run_facts
@@ -85,6 +87,7 @@ def finetune(
     backbone = starting_backbone(model, run, data, adapt=_makes_adapter(chosen), seed=seed)
     used = {**training_defaults(backbone.modality, run.tuning), **training}
     args = arguments(TransferConfig, used, training, data)
+    check_best_metric(args, compute_metrics_for(backbone.task, backbone.labels or backbone.outputs).names)
     log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})
     terms = _default_terms(backbone, data, run, args) if objectives is None else _given_terms(objectives, run)
     steps = chosen.phases(backbone.model)
@@ -105,6 +108,8 @@ def finetune(
         "steps": done.steps,
         "seconds": {"train": round(done.seconds, 1), "total": round(time.time() - started, 1)},
     }
+    if isinstance(done.trainer, CachedTrainer):
+        facts["cache"] = str(done.trainer.cut)
     result = Result(backbone, metrics, done.history, trained, facts, Path(args.output_dir))
     if done.trainer.is_world_process_zero():
         result.save(result.folder)
@@ -176,15 +181,18 @@ def _trainer(
 ) -> TransferTrainer:
     from .data.collate import collator_for
     from .evaluation import compute_metrics_for
+    from .frozen.choice import cached_data
     from .trainer import TransferTrainer
 
-    return TransferTrainer(
+    collator = collator_for(backbone, mixup=run.mixup, cutmix=run.cutmix, seed=args.seed)
+    cached = cached_data(backbone, prepared, collator, args, terms, run)
+    return (TransferTrainer if cached is None else cached.trainer)(
         model=backbone.model,
         args=args,
         train_dataset=prepared["train"],
         eval_dataset=prepared.get("validation"),
         processing_class=backbone.processor,
-        data_collator=collator_for(backbone, mixup=run.mixup, cutmix=run.cutmix, seed=args.seed),
+        data_collator=collator,
         compute_metrics=compute_metrics_for(backbone.task, backbone.labels or backbone.outputs),
         objectives=terms,
     )

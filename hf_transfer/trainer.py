@@ -267,7 +267,8 @@ class TransferTrainer(Trainer):
         """Also counts, over all processes, the items of each term in the batches about to be accumulated."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.learner is not None and samples:
-            self.learner.train()  # an evaluation may have come between; terms count more in training
+            if not self.learner.training:  # an evaluation came between; terms count more in training
+                self.learner.train()
             self._counts = self._counts_over_processes(samples)
         return samples, items
 

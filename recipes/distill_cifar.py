@@ -2,7 +2,7 @@
 
     accelerate launch recipes/finetune_cifar.py --output_dir runs/cifar-teacher              # the teacher
     accelerate launch recipes/distill_cifar.py --teacher runs/cifar-teacher
-    python recipes/distill_cifar.py --teacher runs/cifar-teacher --model resnet8 --objectives "DKD(beta=2.0)" "Hint"
+    python recipes/distill_cifar.py --teacher runs/cifar-teacher --model resnet10t --objectives "DKD(beta=2.0)" Hint
     python recipes/finetune_cifar.py --model ../shared/weights/mobilenetv2_100.coral_tf2_in1k \
         --dataset ../shared/data/cifar10 --image_size 96 --max_train_samples 10000 --output_dir runs/cifar-teacher
     python recipes/distill_cifar.py --teacher runs/cifar-teacher --dataset ../shared/data/cifar10 --image_size 96 \

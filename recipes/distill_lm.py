@@ -8,7 +8,8 @@
 The data has a column of texts, or of prompts and completions, whose prompts are not trained on. Per-token soft targets
 need teacher and student to share a tokenizer. To train on what the teacher writes (sequence-level distillation, Kim &
 Rush 2016, arXiv:1606.07947), make the completions with hf_transfer.distillation.generation.generate_targets, save them
-and give that file as --dataset. Learning from the student's own text is TRL's trade (GKDTrainer): docs/distillation.md.
+by rows.to_json("completions.jsonl") and give that file as --dataset. Learning from the student's own text is TRL's
+trade (GKDTrainer): docs/distillation.md.
 """
 
 from hf_transfer import DistillationConfig, distill

@@ -1,6 +1,6 @@
 """Distil a text classifier: into some of its own layers (DistilBERT's way), or into a BiLSTM over its tokenizer.
 
-    accelerate launch recipes/finetune_text.py --dataset stanfordnlp/sst2 --output_dir runs/sst2-teacher      # the teacher
+    accelerate launch recipes/finetune_text.py --dataset stanfordnlp/sst2 --output_dir runs/sst2-teacher  # the teacher
     accelerate launch recipes/distill_sst2.py --teacher runs/sst2-teacher                       # three of its layers
     accelerate launch recipes/distill_sst2.py --teacher runs/sst2-teacher --model bilstm --learning_rate 2e-3 \
         --num_train_epochs 10 --objectives "LogitMSE(weight=0.9)"

@@ -17,7 +17,7 @@ from hf_transfer.console import is_first_process, run
 
 DEFAULTS = {
     "model": "sentence-transformers/all-MiniLM-L6-v2",
-    "dataset": "leondz/wnut_17",
+    "dataset": "flaitenberger/wnut_17",  # a copy: leondz/wnut_17 is a script, which datasets 4 and later do not run
     "max_length": 128,
     "num_train_epochs": 6,
 }

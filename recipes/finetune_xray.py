@@ -17,7 +17,7 @@ from hf_transfer.console import is_first_process, run
 
 DEFAULTS = {
     "model": "timm/resnet18.a1_in1k",
-    "dataset": "keremberke/chest-xray-classification:full",
+    "dataset": "mmenendezg/pneumonia_x_ray",  # Kermany et al. 2018; 4,187 to train on, 1,045 to choose by, 624 to test
     "image_size": 96,
     "augment": "geometric",
     "class_weights": "balanced",

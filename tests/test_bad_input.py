@@ -261,7 +261,11 @@ CASES: dict[str, Case] = {
     # options
     "unknown option": (
         lambda home: {"learning_rat": 1e-3},
-        r"Unknown option 'learning_rat' of finetune\(\). Nearest: learning_rate",
+        r"Unknown option 'learning_rat'. Nearest: learning_rate",
+    ),
+    "metric that no evaluation gives": (
+        lambda home: {"load_best_model_at_end": True, "metric_for_best_model": "accurracy"},
+        r"'accurracy' is no metric of this task; did you mean 'accuracy'",
     ),
     "image_size on text": (
         lambda home: {"model": home / "bert", "dataset": tiny.sentences(), "image_size": 32},

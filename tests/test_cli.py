@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_runs as tiny
 
-from hf_transfer import __version__, cli
+from hf_transfer import __version__, cli, finetune, load_backbone
 from hf_transfer.errors import TransferError
 
 FACTS = {
@@ -70,7 +73,7 @@ def test_help_and_version_load_no_library(flag: str) -> None:
     if flag == "--version":
         assert text == [f"hf-transfer-learning {__version__}"]
     else:
-        assert all(command in done.stdout for command in ("finetune", "report", "push"))
+        assert all(command in done.stdout for command in ("finetune", "distill", "report", "push"))
 
 
 def test_module_runs_as_accelerate_launch_runs_it() -> None:
@@ -90,6 +93,84 @@ def test_finetune_hands_over_what_was_given(
     assert options["lora_r"] == 4 and options["learning_rate"] == 1e-3 and options["output_dir"] == str(run_folder)
     assert "weight_decay" not in options  # left to finetune's recommendation
     assert "0.75" in capsys.readouterr().out
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """A program sets up logging."""
+    logger = logging.getLogger("hf_transfer")
+    level, handlers = logger.level, logging.root.handlers[:]
+    yield
+    logger.setLevel(level)
+    logging.root.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_distill_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Teacher, student made from it and a list of terms come from the file; the command line wins over it."""
+    quick = {**tiny.QUICK, "save_strategy": "no"}
+    data = tiny.parquet_folder(tiny.sentences(), tmp_path / "data")
+    finetune(tiny.text_backbone(tmp_path / "base"), data, output_dir=tmp_path / "teacher", **quick)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""teacher: {tmp_path / "teacher"}
+model: carve:1
+dataset: {data}
+objectives:
+  - SoftTargets(temperature=2.0, weight=0.9)
+  - "Hint(layers={{0.5: 0.5, 1.0: 1.0}})"
+hard_weight: 0.5
+teacher_cache: never
+num_train_epochs: 1
+use_cpu: true
+disable_tqdm: true
+save_strategy: no
+output_dir: {tmp_path / "run"}
+"""
+    )
+    assert main(["distill", "--config", str(config), "--hard_weight", "0.25"]) == 0
+    facts = tiny.results(tmp_path / "run")
+    soft, hint, hard = facts["objectives"]
+    assert "SoftTargets" in soft and "temperature=2.0" in soft and "Hint" in hint
+    assert "CrossEntropy" in hard and "weight=0.25" in hard
+    assert facts["teacher"] == "teacher" and "agreement" in facts["metrics"]["test"]
+    assert load_backbone(tmp_path / "run").model.config.num_hidden_layers == 1
+    printed = capsys.readouterr().out
+    assert printed == f"{tmp_path / 'run'}\n{cli.results_table(tmp_path / 'run')}\n"
+
+
+def test_help_of_distill_names_the_flags_of_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--help"]) == 0
+    shown = capsys.readouterr().out
+    flags = {"teacher", "model", "objectives", "baseline", "hard_weight", "teacher_cache", "chunk_tokens", "tuning"}
+    assert not {flag for flag in flags if f" --{flag} " not in shown}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("temperature: 2.0", "run.yaml: unknown key temperature"),
+        ("objectivs: [DKD]", "run.yaml: unknown key objectivs, did you mean objectives"),
+        ("objectives: [DKD(tau=2.0)]", "The term 'DKD(tau=2.0)': DKD has no argument 'tau'"),
+        ("objectives: [[DKD]]", "The term \"['DKD']\": it is not one term"),
+        ("teacher_cache_views: 0", "teacher_cache_views=0 is not valid"),
+        ("model: carve:all", "model='carve:all': write how many layers"),
+    ],
+)
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_a_bad_line_of_a_distillation_is_one_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    teacher = tiny.image_backbone(tmp_path / "teacher", labels=[str(i) for i in range(10)])
+    lines = {"teacher": teacher, "model": "born-again", "dataset": "digits", "output_dir": tmp_path / "run"}
+    name, _, value = line.partition(": ")
+    lines |= {"use_cpu": "true", name: value}
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and not (tmp_path / "run").exists()
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said in error
 
 
 def test_only_the_first_process_prints(

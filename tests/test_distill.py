@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_a_lora_student_and_several_teachers(texts: Path, tmp_path: Path) -> Non
     student = tiny.text_backbone(tmp_path / "base")
     result = distill([texts, texts], student, tiny.sentences(), tuning="lora", lora_r=2, output_dir=tmp_path / "run",
                      **QUICK)  # fmt: skip
+    assert result.facts["teacher"] == f"{texts.name}, {texts.name}"
     one = distill(texts, student, tiny.sentences(), tuning="lora", lora_r=2, output_dir=tmp_path / "one", **QUICK)
     for name in ("kl", "teacher_nll"):  # two equal teachers are one
         assert result.metrics["test"][name] == pytest.approx(one.metrics["test"][name], rel=1e-4, abs=1e-6)
@@ -158,6 +160,7 @@ def test_a_lora_student_of_its_own_base(texts: Path, tmp_path: Path) -> None:
         ({"model": "carve:many"}, "carve:3"),
         ({"objectives": ["SoftTarget"]}, "SoftTargets"),
         ({"baseline": "nowhere"}, "nowhere"),
+        ({"metric_for_best_model": "agrement"}, "did you mean 'agreement'"),
         ({"tuning": "gradual"}, "several phases"),
         ({"temperature": 2.0}, "Unknown option 'temperature'"),
     ],
@@ -167,6 +170,43 @@ def test_bad_input_is_one_error_before_any_work(texts: Path, tmp_path: Path, opt
     with pytest.raises(TransferError, match=message):
         distill(texts, given.pop("model"), tiny.sentences(), output_dir=tmp_path / "run", **given, **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_teaches_folded_into_its_base(texts: Path, tmp_path: Path) -> None:
+    adapter = finetune(texts, tiny.sentences(), tuning="lora", lora_r=2, output_dir=tmp_path / "adapter",
+                       **tiny.QUICK)  # fmt: skip
+    result = distill(adapter.folder, "carve:1", tiny.sentences(), output_dir=tmp_path / "run", **QUICK)
+    expected = adapter.metrics["test"]["accuracy"]
+    assert result.metrics["test"]["teacher_accuracy"] == pytest.approx(expected)
+    full = sum(p.numel() for p in load_backbone(texts).model.parameters())
+    assert result.facts["costs"]["parameters"]["teacher"] == full
+
+
+def test_one_backbone_as_both_learns_from_itself_with_the_adapter_off(
+    texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_backbone(texts)
+    with caplog.at_level(logging.INFO, logger="hf_transfer"):
+        result = distill(base, base, tiny.sentences(), tuning="lora", lora_r=2, output_dir=tmp_path / "run", **QUICK)
+    assert "the teacher is the student's own base, with the adapter off" in caplog.text
+    assert result.metrics["test"]["teacher_accuracy"] == pytest.approx(
+        tiny.results(texts)["metrics"]["test"]["accuracy"]
+    )
+
+
+def test_a_student_is_not_made_from_a_teacher_of_another_task(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="is for text-classification, and the data is for regression"):
+        distill(texts, "carve:1", tiny.ratings(), output_dir=tmp_path / "run", **QUICK)
+
+
+def test_a_baseline_speaks_for_its_own_splits_only(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "results.json").write_text('{"metrics": {"validation": {"accuracy": 0.25}}}')
+    result = distill(texts, "carve:1", tiny.sentences(), output_dir=tmp_path / "run",
+                     baseline=str(tmp_path / "plain"), **QUICK)  # fmt: skip
+    assert "gain_recovered" in result.metrics["validation"] and "gain_recovered" not in result.metrics["test"]
+    evaluated = [entry for entry in result.history if "eval_agreement" in entry]
+    assert evaluated and all("eval_gain_recovered" in entry for entry in evaluated)  # during training too
 
 
 def test_a_run_needs_a_teacher() -> None:

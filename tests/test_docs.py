@@ -98,15 +98,39 @@ def test_links_and_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_of_recipes_exist(page: Path) -> None:
+    from hf_transfer import DistillationConfig, TransferConfig
     from hf_transfer.config import RunConfig
-    from hf_transfer.transfer_config import TransferConfig
+    from hf_transfer.distill import DistillationRun
 
-    known = {field.name for config in (RunConfig, TransferConfig) for field in fields(config)} | {"config", "help"}
+    commands = {"finetune": (RunConfig, TransferConfig), "distill": (DistillationRun, DistillationConfig)}
     for _, _, block in blocks(page, ""):
         for command in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(?:recipes/finetune_\w+\.py|(?:hf-transfer|hf_transfer\.cli) finetune)(.*)", command)
-            flags = re.findall(r"--(\w+)", found[1].partition("#")[0]) if found else []
-            assert set(flags) <= known, command
+            for name, configs in commands.items():
+                known = {field.name for config in configs for field in fields(config)} | {"config", "help"}
+                found = re.search(
+                    rf"(?:recipes/{name}_\w+\.py|(?:hf-transfer|hf_transfer\.cli) {name}\b)(.*)", command
+                )
+                flags = re.findall(r"--(\w+)", found[1].partition("#")[0]) if found else []
+                assert set(flags) <= known, command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "yaml"))], ids=page_id)
+def test_files_of_settings_are_read(page: Path, tmp_path: Path) -> None:
+    from hf_transfer import DistillationConfig
+    from hf_transfer.config import parse_given
+    from hf_transfer.distill import DistillationRun
+    from hf_transfer.written_terms import terms_from_text
+
+    for _, _, text in blocks(page, "yaml"):
+        (tmp_path / "run.yaml").write_text(text)
+        flags = ["--config", str(tmp_path / "run.yaml")]
+        if "teacher:" not in text:
+            parse_given([*flags, "--model", "m", "--dataset", "d"], defaults={}, description="")
+            continue
+        run, _ = parse_given(
+            flags, defaults={}, description="", run_config=DistillationRun, training_config=DistillationConfig
+        )
+        assert isinstance(run, DistillationRun) and terms_from_text(run.objectives or [])
 
 
 def test_the_map_of_the_package_is_the_package() -> None:

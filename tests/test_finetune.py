@@ -350,15 +350,6 @@ def test_second_fine_tune_with_as_many_other_labels(
     assert torch.equal(start("again", "3", "5").weight, new.weight)
 
 
-def test_new_head_of_an_adapter_is_saved_with_it(bases: Any, tmp_path: Path) -> None:
-    """Frozen, because peft was not told of it, and yet not that of the base."""
-    from peft import LoraConfig
-
-    first = run(bases["test_vit"], tiny.digits(classes=["3", "8"]), tmp_path / "first")
-    untold = Peft(LoraConfig(r=2, target_modules=r".*attn\.qkv"))
-    assert_same_images(run(first.folder, tiny.digits(classes=["3", "5"]), tmp_path / "second", tuning=untold))
-
-
 def test_adapter_on_an_adapter_is_refused_with_a_way_out(bases: Any, tmp_path: Path) -> None:
     run(bases["test_vit"], tiny.digits(), tmp_path / "first", tuning="lora")
     with pytest.raises(TransferError, match=r"is an adapter.*merge\(backbone.model\)"):

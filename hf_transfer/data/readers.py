@@ -161,6 +161,13 @@ def _load(builder: str, source: str, **arguments: Any) -> dict[str, Dataset]:
             f"Data set {source!r} is not in the local cache, and the Hub cannot be reached ({error}). Connect, unset "
             "HF_HUB_OFFLINE, or pass a local folder."
         ) from error
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        if "Dataset scripts are no longer supported" in str(error):
+            raise TransferError(
+                f"Data set {source!r} is a script, and datasets no longer runs any. Pass a copy without one; or the "
+                "parquet files that the Hub has made of most, by datasets.load_dataset("
+                f"{builder!r}, revision='refs/convert/parquet', data_dir='the configuration'). For the command line, "
+                "save its splits as train.parquet, ... in a folder."
+            ) from error
         cause = error.__cause__ or error
         raise TransferError(f"Data set {source!r} cannot be read: {type(cause).__name__}: {cause}") from error

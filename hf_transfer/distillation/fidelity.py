@@ -20,6 +20,11 @@ from ..errors import TransferError
 from ..evaluation.calibration import BINS, check_labels, confidence_gaps
 from ..objective import UNLABELLED, wide
 
+MEASURES = (
+    *("agreement", "kl", "student_teacher_mse", "gain_recovered"),
+    *(f"{network}_{of}" for network in ("student", "teacher") for of in ("accuracy", "nll", "ece", "mse")),
+)
+"""What an evaluation with a teacher can tell, beside the task's own metrics."""
 TOO_FAR, BEYOND_TEACHER = 0.05, 0.02  # calibration errors; the second because few rows make both networks' larger
 CHUNK = 2**24  # logits that are widened to float32 at once: 64 MiB a network
 

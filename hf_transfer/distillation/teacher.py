@@ -66,7 +66,7 @@ def as_teacher(
         return AdapterOffTeacher(student)
     refuse_fresh_head(backbone)
     if isinstance(teacher, str | os.PathLike) and is_adapted(backbone.model):
-        backbone = _merged(backbone)
+        backbone = merged(backbone)
     return LiveTeacher(backbone, student, **options)
 
 
@@ -135,8 +135,15 @@ def _backbone(teacher: Any, student: Backbone, dtype: Any) -> Backbone:
     return backbone_of(teacher, like=student)
 
 
-def _merged(backbone: Backbone) -> Backbone:
-    """An adapter that was loaded for teaching, folded into its base: adapters cost time at every batch."""
+def merged(backbone: Backbone) -> Backbone:
+    """An adapter that was loaded for teaching, folded into its base: adapters cost time at every batch.
+
+    Args:
+        backbone: With an adapter.
+
+    Returns:
+        The full network; the backbone as it is, which the log says, where its adapter cannot be folded in.
+    """
     try:
         return replace(backbone, model=merge(backbone.model))  # type: ignore[arg-type]
     except TransferError as error:

@@ -66,7 +66,8 @@ def follow_names(model: Any, saved: Sequence[str] | None) -> None:
     from ..dissection.wrapping import plain_model
 
     model.renamed_from = None
-    plain, names = plain_model(model), label_names(model.config)
+    plain: Any = plain_model(model)
+    names = label_names(model.config)
     if saved is None or names is None or names == list(saved) or len(names) != len(saved):
         return
     rows = _rows(model)

@@ -158,6 +158,18 @@ def test_a_broken_file_is_one_error(tmp_path):
         load_data(tmp_path)
 
 
+def test_a_script_of_the_hub_is_one_error_with_a_way_out(monkeypatch):
+    """As datasets says it of `leondz/wnut_17`, whose script it no longer runs."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found wnut_17.py")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    way_out = r"load_dataset\('leondz/wnut_17', revision='refs/convert/parquet'"
+    with pytest.raises(TransferError, match=rf"'leondz/wnut_17:all' is a script.*{way_out}.*folder"):
+        load_data("leondz/wnut_17:all")
+
+
 @pytest.mark.parametrize(
     "options", [{"validation": 1.0}, {"validation": -0.1}, {"max_train_samples": 0}, {"max_eval_samples": 0}]
 )

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel
 from hf_transfer import TransferError
 from hf_transfer.backbones import load_backbone
 from hf_transfer.hub import bundle
+from hf_transfer.loading.heads import start_anew
 
 # peft 0.21 asks transformers 5.23 by the old name; delete when peft reads is_activation_checkpointing
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -290,6 +291,20 @@ def test_an_adapter_keeps_its_head_whatever_the_base_calls_its_classes(tmp_path:
     again = load_backbone(tmp_path / "run")
     assert again.labels == turned and again.renamed_from is None
     torch.testing.assert_close(zoo.logits(again.model, zoo.tokens()), zoo.logits(model, zoo.tokens()))
+
+
+@pytest.mark.parametrize("turned", [True, False], ids=["reordered", "new"])
+def test_a_head_that_is_not_the_bases_is_saved_with_an_adapter(tmp_path: Path, turned: bool):
+    """Though the adapter does not train it: transformers alone would put that of the base in its place."""
+    backbone = load_backbone(zoo.bert_folder(tmp_path / "base"), labels=["fair", "good", "bad"] if turned else None)
+    if not turned:
+        start_anew(backbone.model)
+    model = lora(backbone.model, ["query"])
+    bundle.save(model, tmp_path / "run")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "run/model_config")
+    alone = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", config=config)
+    for again in (alone, load_backbone(tmp_path / "run").model):
+        torch.testing.assert_close(zoo.logits(again, zoo.tokens()), zoo.logits(model, zoo.tokens()))
 
 
 def test_a_head_with_an_adapter_on_it_is_not_reordered(tmp_path: Path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import pytest
+import timm
 import tiny_runs as tiny
 from transformers import AutoModelForImageClassification
 
@@ -177,7 +178,7 @@ def test_distilling_into_alexnet(teachers: Path, tmp_path: Path) -> None:
     assert "SoftTargets" in written["objectives"][0] and "Hint" in written["objectives"][1]
     assert written["costs"]["parameters"]["student"] == written["total_parameters"]
     assert 0 <= written["metrics"]["test"]["agreement"] <= 1
-    assert type(load_backbone(folder).model).__name__.startswith("AlexNet")
+    assert load_backbone(folder).model.config.architecture == "alexnet"
 
 
 def test_a_language_models_largest_logits_from_a_cache(teachers: Path, tmp_path: Path) -> None:
@@ -194,7 +195,10 @@ def test_a_language_models_largest_logits_from_a_cache(teachers: Path, tmp_path:
     [
         ([], "error: teacher must be given"),
         (["--teacher", "resnet", "--temperature", "2"], "error: unknown flag --temperature"),
-        (["--teacher", "resnet", "--objectives", "SoftTarget"], "error: The term 'SoftTarget': 'SoftTarget' is neither"),
+        (
+            ["--teacher", "resnet", "--objectives", "SoftTarget"],
+            "error: The term 'SoftTarget': 'SoftTarget' is neither",
+        ),
         (["--teacher", "resnet", "--teacher_cache", "sometimes"], "error: teacher_cache='sometimes' is not valid"),
     ],
     ids=["teacher", "flag", "term", "cache"],
@@ -431,6 +435,8 @@ def test_the_docstrings_commands_parse(
         )
         assert isinstance(run, DistillationRun) and run.teacher and run.model and run.dataset
         assert terms_from_text(run.objectives or [])
+        named = run.model.isidentifier() and run.model not in ("bilstm", "carve")
+        assert not named or timm.is_model(run.model)
         DistillationConfig(**{**given, "output_dir": str(tmp_path), "use_cpu": True})
     else:
         reached: list[Any] = []
@@ -455,3 +461,10 @@ def test_yaml_files_of_the_recipes_parse() -> None:
             ["--config", str(file)], defaults=runpy.run_path(str(recipe))["DEFAULTS"], description=""
         )
         assert run.tuning in file.stem and given["output_dir"].endswith(run.tuning)
+
+
+def test_no_recipe_starts_from_a_script_of_the_hub() -> None:
+    """datasets 4 and later do not run these, which other examples still name."""
+    scripts = {"leondz/wnut_17", "tner/wnut2017", "keremberke/chest-xray-classification", "PolyAI/banking77"}
+    for recipe in FINETUNES:
+        assert runpy.run_path(str(recipe))["DEFAULTS"]["dataset"].partition(":")[0] not in scripts

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes_run import SAVED, SPOILT, STEPS, STOPPED
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from two_processes import SAVED, SPOILT, STEPS, STOPPED
 
 from hf_transfer.checkpoints import last_complete_checkpoint
 from hf_transfer.trainer import STATE_FILE
 
-SCRIPT = Path(__file__).with_name("processes_run.py")
+SCRIPT = Path(__file__).with_name("two_processes.py")
 MODEL = {"config.json", "model.safetensors", "training_args.bin"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "model_config/config.json", "training_args.bin"}
 STATE = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}

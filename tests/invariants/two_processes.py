@@ -1,7 +1,7 @@
-"""Trainings of tiny models on two processes; each writes what it saw. Launched by test_processes.py.
+"""Trainings of tiny models on two processes; each writes what it saw. Launched by test_two_processes.py.
 
-torchrun --nproc_per_node 2 tests/invariants/processes_run.py FOLDER save
-torchrun --nproc_per_node 2 tests/invariants/processes_run.py FOLDER stop
+torchrun --nproc_per_node 2 tests/invariants/two_processes.py FOLDER save
+torchrun --nproc_per_node 2 tests/invariants/two_processes.py FOLDER stop
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Rows that are read from a prefix cache, and the batches that they make: what crosses the cut in place of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from ..data.columns import EXAMPLE_ID
+from ..data.replay import Replayable
+from .cache import PrefixCache
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.collate import Collator
+
+ACTIVATION = "prefix_activation"
+"""The column of a batch with what crosses the cut, (N, ...)."""
+PLACE = "prefix_place"
+"""The column of a row with its cache and view."""
+_IMAGES = "pixel_values"
+_BLANK = torch.zeros(())
+
+
+class CachedRows(TorchDataset[dict[str, Any]], Replayable):
+    """A prepared dataset whose images are read from a cache of activations; a collator of its kind makes the batches.
+
+    The trainer sets its epoch; epoch e shows view e % views, as augmented as the uncached rows are in that epoch.
+
+    Args:
+        rows: What `data.transforms.prepare` returned. Its inputs are not read, those of texts excepted.
+        cache: Of these rows.
+        number: Which of the collator's caches it is.
+    """
+
+    def __init__(self, rows: Dataset, cache: PrefixCache, number: int) -> None:
+        Replayable.__init__(self)
+        kept = [name for name in rows.column_names if rows.features[name].__class__.__name__ not in ("Image", "Audio")]
+        self.number, self.views = number, cache.views
+        self.images = "input_ids" not in kept
+        columns = rows.with_format(None).select_columns(kept).to_dict()
+        self._columns: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
+
+    @property
+    def random(self) -> bool:
+        return self.views > 1
+
+    def __len__(self) -> int:
+        return len(self._columns[EXAMPLE_ID])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        found = {name: values[row] for name, values in self._columns.items()}
+        if self.images:
+            found[_IMAGES] = _BLANK  # which the collator stacks at no cost
+        return {**found, PLACE: (self.number, self.epoch.value % self.views)}
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[row] for row in rows]
+
+
+class CachedCollator:
+    """Batches of cached rows, with what crosses the cut under ACTIVATION; of other rows those that they always gave.
+
+    Args:
+        collator: Of the uncached rows.
+        caches: In the order of the rows' `number`.
+    """
+
+    def __init__(self, collator: Collator, caches: Sequence[PrefixCache]) -> None:
+        self.collator, self.caches = collator, list(caches)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        place = rows[0].get(PLACE)
+        batch = self.collator(rows)
+        if place is None:
+            return batch
+        if batch.get(_IMAGES) is not None:
+            del batch[_IMAGES]
+        number, view = place
+        batch[ACTIVATION] = self.caches[number].values(batch[EXAMPLE_ID], view, batch.get("attention_mask"))
+        return batch

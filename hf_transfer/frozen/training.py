@@ -1,0 +1,65 @@
+"""Training from a prefix cache: the ordinary trainer and the user's network, which goes on from what was stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import TransferError
+from ..objective import Learner, Objective, Step
+from ..trainer import TransferTrainer, _anatomy
+from .prefix import Cut
+from .rows import ACTIVATION, PLACE
+
+
+class CachedLearner(Learner):
+    """A Learner whose network goes on from what a batch holds under ACTIVATION; it runs whole on other batches.
+
+    Args:
+        cut: Where the network is cut; the other arguments are Learner's.
+    """
+
+    def __init__(self, model: Any, objectives: Sequence[Objective], anatomy: Any, cut: Cut) -> None:
+        super().__init__(model, objectives, anatomy)
+        self.cut = cut
+
+    def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
+        if ACTIVATION not in batch:
+            return super()._run(batch, progress, teacher)
+        rest = {name: value for name, value in batch.items() if name != ACTIVATION}
+        value = batch[ACTIVATION].to(self.cut.dtype)
+        with self.cut.resumed(value):
+            return super()._run(self.cut.placeholders(rest, value), progress, teacher)
+
+
+class CachedTrainer(TransferTrainer):
+    """A TransferTrainer that trains on cached activations what lies behind a cut.
+
+    `model` is the whole network: it is what is saved, and what evaluates rows that are not cached.
+
+    Args:
+        *args: As for TransferTrainer.
+        cut: Where the network is cut.
+        **kwargs: As for TransferTrainer: datasets are CachedRows or ordinary ones, the collator is a CachedCollator.
+
+    Raises:
+        TransferError: If there are no objectives: the model's own loss cannot start from the cut.
+    """
+
+    def __init__(self, *args: Any, cut: Cut, **kwargs: Any) -> None:
+        self.cut = cut
+        if not kwargs.get("objectives"):
+            raise TransferError("CachedTrainer needs objectives, for example [CrossEntropy()].")
+        super().__init__(*args, **kwargs)
+
+    def make_learner(self) -> Learner:
+        """The Learner that goes on from the cut."""
+        return CachedLearner(self.model, self.objectives, _anatomy(self.model), self.cut)
+
+    def extra_columns(self) -> Sequence[str]:
+        """Where a row's activation is."""
+        return (PLACE,)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers knows only those of the whole network."""
+        return 0
