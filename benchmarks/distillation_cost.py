@@ -337,7 +337,7 @@ def table(path: Path = RESULTS) -> list[str]:
         "## What a teacher costs: an epoch of distillation over one of plain training of the same student",
         "",
         "SoftTargets and cross-entropy, against cross-entropy alone; median of paired rounds with its 95 % interval.",
-        "Read the CPU time of the process: the wall time beside it is that of a machine with other work. The floor of a",
+        "Read the CPU time of the process: the wall time beside it is of a machine with other work. The floor of a",
         "live teacher is 1 + F_T / (3 F_S), from forward times of teacher and student in each round.",
         "",
         "| student, teacher | epochs compared | target | CPU time | wall time | rounds |",
@@ -359,11 +359,12 @@ def _in_words(found: Mapping[str, Any]) -> str:
     def more(suffix: str) -> list[float]:
         return [cached - plain for cached, plain in zip(cpu["cached" + suffix], cpu["plain" + suffix], strict=True)]
 
+    a_step = 1000 * median(cpu["plain"]) / found["steps"]
     step = Figure.of(1000 * seconds / found["steps"] for seconds in more(""))
     return (
-        f"- {found['label']}: {found['steps']} steps of {found['batch_size']} rows. To the "
-        f"{1000 * median(cpu['plain']) / found['steps']:.0f} ms CPU time of a step the warm cache adds {step.value:.1f} "
-        f"[{step.low:.1f}, {step.high:.1f}] ms. To find and check it takes {median(more(' setup')):.2f} s once a run."
+        f"- {found['label']}: {found['steps']} steps of {found['batch_size']} rows, each {a_step:.0f} ms of CPU time. "
+        f"The warm cache adds {step.value:.1f} [{step.low:.1f}, {step.high:.1f}] ms to a step, and to a run the "
+        f"{median(more(' setup')):.2f} s in which it is found and checked."
     )
 
 

@@ -189,6 +189,7 @@ def _teachers(teacher: Any) -> list[Backbone]:
 
     from .adapters import is_adapted
     from .backbones import Backbone, load_backbone
+    from .distillation.live import refuse_fresh_head
     from .distillation.teacher import backbone_of, merged
 
     def one(given: Any) -> Backbone:
@@ -197,7 +198,10 @@ def _teachers(teacher: Any) -> list[Backbone]:
         if isinstance(given, nn.Module):
             return backbone_of(given, None)
         loaded = load_backbone(given)
-        return merged(loaded) if is_adapted(loaded.model) else loaded
+        if not is_adapted(loaded.model):
+            return loaded
+        refuse_fresh_head(loaded)
+        return merged(loaded)
 
     given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     if not given:

@@ -30,7 +30,7 @@ _BY_MODALITY: dict[str, dict[str, Any]] = {
 }
 
 _LEARNING_RATE: dict[str, dict[str, float]] = {
-    "image": {"full": 1e-3, "partial": 1e-3, "gradual": 1e-3, "linear_probe": 1e-3, "lora": 5e-4, "bitfit": 2e-3},
+    "image": {"full": 5e-4, "partial": 1e-3, "gradual": 5e-4, "linear_probe": 1e-3, "lora": 5e-4, "bitfit": 2e-3},
     "text": {"full": 1e-4, "partial": 2e-4, "gradual": 1e-4, "linear_probe": 5e-3, "lora": 1e-3, "bitfit": 2e-3},
     "audio": {"full": 5e-5, "partial": 1e-4, "gradual": 5e-5, "linear_probe": 1e-3, "lora": 5e-4, "bitfit": 1e-3},
 }

@@ -545,5 +545,20 @@ def test_says_what_was_decided(bases: Any, tmp_path: Path, caplog: pytest.LogCap
     recommended = next(line for line in caplog.messages if line.startswith("Recommended"))
     assert "image with tuning 'linear_probe'" in recommended and "learning_rate=0.001" in recommended
     assert "weight_decay" not in recommended  # it was given
+
+
+def test_the_page_shows_the_recommended_values() -> None:
+    from hf_transfer.recommended import training_defaults
+
+    page = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    head = next(row for row in rows if row[1:2] == ["batch"])
+    shown = {row[0]: row for row in rows if row[0] in ("image", "text", "audio") and len(row) == len(head)}
+    for modality in ("image", "text", "audio"):
+        for tuning, rate in zip(head[2:], shown[modality][2:], strict=True):
+            assert training_defaults(modality, tuning)["learning_rate"] == float(rate), (modality, tuning)
+        batch = training_defaults(modality, "full")["per_device_train_batch_size"]
+        assert shown[modality][1].split(",")[0] == str(batch)
+        assert training_defaults(modality, "gradual")["learning_rate"] == float(shown[modality][2])
     assert "40 rows a step: 20 a process, accumulated 2 times, processes 1" in caplog.messages
     assert "Labels: 0 7, 1 5" in caplog.messages

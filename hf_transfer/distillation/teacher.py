@@ -139,16 +139,18 @@ def merged(backbone: Backbone) -> Backbone:
     """An adapter that was loaded for teaching, folded into its base: adapters cost time at every batch.
 
     Args:
-        backbone: With an adapter.
+        backbone: With an adapter, whose head `refuse_fresh_head` has let pass: from then on it counts as trained.
 
     Returns:
         The full network; the backbone as it is, which the log says, where its adapter cannot be folded in.
     """
     try:
-        return replace(backbone, model=merge(backbone.model))  # type: ignore[arg-type]
+        model: Any = merge(backbone.model)
     except TransferError as error:
         logger.info("the teacher keeps its adapter beside the base: %s", error)
         return backbone
+    model.fresh_parameters = ()
+    return replace(backbone, model=model)
 
 
 def _task_and_modality(model: Any) -> tuple[str, Any]:

@@ -39,14 +39,12 @@ def main() -> None:
         return train(self, *args, **kwargs)
 
     trainer_module.TransferTrainer.train = noted  # type: ignore[method-assign]
+    own = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.03, "seed": 5}
+    options = {**tiny_runs.QUICK, **own, "tuning": "partial", "train_blocks": 1, "cache_dir": str(out / "caches")}
     results = [
-        finetune(
-            out / "start", tiny_runs.sentences(21), output_dir=out / cache, tuning="partial", train_blocks=1,
-            cache=cache, cache_dir=str(out / "caches"), seed=5, **{**tiny_runs.QUICK, "num_train_epochs": epochs},
-            per_device_train_batch_size=4, learning_rate=0.03,
-        )
-        for cache, epochs in (("never", 2), ("always", 2))
-    ]  # fmt: skip
+        finetune(out / "start", tiny_runs.sentences(21), output_dir=out / cache, cache=cache, **options)
+        for cache in ("never", "always")
+    ]
     logits = [tiny_runs.logits(result.model, input_ids=IDS) for result in results]
     folder = next(path for path in (out / "caches").iterdir())
     torch.save(
