@@ -1,8 +1,8 @@
 """What crosses a cut of a network, on disk: computed once for every row and view, read by example_id.
 
 The format is the teacher cache's (distillation/cache_files.py): any number of processes write shards, the manifest is
-written when all are whole, a cache of other weights, rows or transforms is refused, an interrupted one is written anew.
-Of texts only attended tokens are kept.
+written when all are whole, a cache of other weights, rows or transforms is refused, an interrupted one is written
+anew. Of texts only attended tokens are kept.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..distillation.cache import _complete, _existing, _together, _write_shard
-from ..distillation.cache_files import CacheKey, Manifest, clear, missing_shards, shard_writer
+from ..distillation.cache_files import CacheKey, Manifest, clear, missing_shards
 from ..distillation.cache_reading import TeacherCache
 from ..distillation.cache_records import Kept
 from ..distillation.signal import TeacherSignal
@@ -128,7 +128,7 @@ def write_prefix_cache(
         return _existing(path, key, Kept(**asdict(kept))) is not None
 
     if _together(open_existing, wait):
-        return PrefixCache.open(path, key)
+        return cast(PrefixCache, PrefixCache.open(path, key))
     _together(lambda: clear(path) if rank == 0 else None, wait)
     _together(lambda: _write_shard(path, key, kept, answer, batches, rank), wait)
     if missing := missing_shards(path, world_size):  # seen by all alike, so that none waits
@@ -137,7 +137,7 @@ def write_prefix_cache(
             "errors; all processes must share the folder."
         )
     _together(lambda: _complete(path, key, kept, world_size) if rank == 0 else None, wait)
-    return PrefixCache.open(path, key)
+    return cast(PrefixCache, PrefixCache.open(path, key))
 
 
 def row_bytes(shape: tuple[int, ...], dtype: str) -> int:

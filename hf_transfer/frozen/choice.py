@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from ..distillation.signature import data_signature, transform_signature
 from ..errors import TransferError
 from ..objective import CONTRACT_COLUMNS, Objective, model_inputs
 from .cache import CacheKey, PrefixCache, row_bytes, write_prefix_cache
-from .prefix import Cut, NoCut, find_cut, lowest_trained
+from .cut import Cut, NoCut, lowest_trained
+from .prefix import find_cut
+from .prefix_costs import Costs
 from .rows import CachedCollator, CachedRows
 from .training import CachedTrainer
 
@@ -67,44 +69,6 @@ class CachedData:
         """
         own = {"train_dataset": self.train, "eval_dataset": self.validation, "data_collator": self.collator}
         return CachedTrainer(cut=self.cut, **{**options, **own})
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What was measured before the first step, on the first process.
-
-    Attributes:
-        loading: Seconds to load a batch.
-        prefix: Seconds that the frozen layers take for it.
-        reading: Seconds to copy what crosses the cut for it.
-        batches: Batches in an epoch.
-        epochs: Epochs that are trained.
-        views: Versions of each row in the cache.
-    """
-
-    loading: float
-    prefix: float
-    reading: float
-    batches: float
-    epochs: float
-    views: int
-
-    @property
-    def live(self) -> float:
-        """Seconds of loading and computing in every epoch."""
-        return self.epochs * self.batches * (self.loading + self.prefix)
-
-    @property
-    def cached(self) -> float:
-        """Seconds of doing so once for each view, of writing, and of reading in every epoch."""
-        once = self.views * (self.loading + self.prefix + self.reading)
-        return self.batches * (once + self.epochs * self.reading)
-
-    def __str__(self) -> str:
-        return (
-            f"loading takes {1000 * self.loading:.1f} ms a batch and the frozen layers {1000 * self.prefix:.1f} ms: "
-            f"{self.live:,.1f} s over {self.epochs:g} epochs, {self.cached:,.1f} s with a cache"
-        )
 
 
 def cached_data(
@@ -267,7 +231,7 @@ class _Plan:
             began = time.perf_counter()
         in_all = len(self.train) / (self.args.train_batch_size * self.args.world_size)
         warm = [median(times[1:] or times) for times in (loading, prefix, reading)]  # the first one warms up
-        return Costs(*warm, batches=in_all, epochs=self._epochs(), views=self.views)
+        return Costs(warm[0], warm[1], warm[2], in_all, self._epochs(), self.views)
 
     def _epochs(self) -> float:
         args = self.args
@@ -354,4 +318,4 @@ def _autocast(args: Any) -> torch.dtype | None:
 
 
 def _barrier(args: Any) -> Callable[[], None] | None:
-    return torch.distributed.barrier if args.world_size > 1 else None
+    return cast(Any, torch.distributed.barrier) if args.world_size > 1 else None

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import TransferError
 from ..objective import Learner, Objective, Step
 from ..trainer import TransferTrainer, _anatomy
-from .prefix import Cut
+from .cut import Cut
 from .rows import ACTIVATION, PLACE
 
 

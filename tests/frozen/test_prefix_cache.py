@@ -91,9 +91,9 @@ def test_written_once_and_refused_where_it_is_of_something_else(tmp_path: Path) 
             write_prefix_cache(tmp_path / "c", other, prefix, prefix.batches)
     with pytest.raises(TransferError, match="bfloat16"):
         write_prefix_cache(tmp_path / "c", KEY, prefix, prefix.batches, dtype="bfloat16")
-    with pytest.raises(TransferError, match="float64.*one of float32, bfloat16, float16"):
+    with pytest.raises(TransferError, match=r"float64.*one of float32, bfloat16, float16"):
         write_prefix_cache(tmp_path / "d", KEY, prefix, prefix.batches, dtype="float64")
-    with pytest.raises(TransferError, match="1e\\+06|1e\\+6|float16"):
+    with pytest.raises(TransferError, match="float16 cannot hold"):
         write_prefix_cache(tmp_path / "e", KEY, lambda b: 1e6 * prefix(b), prefix.batches, dtype="float16")
 
 
