@@ -545,6 +545,8 @@ def test_says_what_was_decided(bases: Any, tmp_path: Path, caplog: pytest.LogCap
     recommended = next(line for line in caplog.messages if line.startswith("Recommended"))
     assert "image with tuning 'linear_probe'" in recommended and "learning_rate=0.001" in recommended
     assert "weight_decay" not in recommended  # it was given
+    assert "40 rows a step: 20 a process, accumulated 2 times, processes 1" in caplog.messages
+    assert "Labels: 0 7, 1 5" in caplog.messages
 
 
 def test_the_page_shows_the_recommended_values() -> None:
@@ -560,5 +562,3 @@ def test_the_page_shows_the_recommended_values() -> None:
         batch = training_defaults(modality, "full")["per_device_train_batch_size"]
         assert shown[modality][1].split(",")[0] == str(batch)
         assert training_defaults(modality, "gradual")["learning_rate"] == float(shown[modality][2])
-    assert "40 rows a step: 20 a process, accumulated 2 times, processes 1" in caplog.messages
-    assert "Labels: 0 7, 1 5" in caplog.messages
