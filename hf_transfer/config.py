@@ -117,6 +117,10 @@ class RunConfig:
         if isinstance(self.train_blocks, str):
             self.train_blocks = _number_or_names(self.train_blocks)
 
+    def name_parts(self) -> tuple[str, ...]:
+        """What the run folder is called after, where nobody names one."""
+        return (Path(self.model).resolve().name, Path(self.dataset).resolve().name, self.tuning)
+
 
 def parse(
     argv: Sequence[str] | None = None, *, defaults: Mapping[str, Any], description: str
@@ -308,5 +312,4 @@ def _number_or_names(text: str) -> int | float | tuple[str, ...]:
 
 
 def _output_dir(run: RunConfig) -> str:
-    parts = (Path(run.model).resolve().name, Path(run.dataset).resolve().name, run.tuning)
-    return str(Path("runs", re.sub(r"[^\w.-]+", "-", "-".join(parts))))
+    return str(Path("runs", re.sub(r"[^\w.-]+", "-", "-".join(run.name_parts()))))

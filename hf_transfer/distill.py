@@ -72,6 +72,10 @@ class DistillationRun(RunConfig):
         if not self.teacher:
             raise TransferError("teacher must be given: a Hub id or a folder, on the command line --teacher NAME.")
 
+    def name_parts(self) -> tuple[str, ...]:
+        """As RunConfig's, and the teacher: the same student without one has a folder of its own."""
+        return (*super().name_parts(), "from", Path(self.teacher).resolve().name)
+
 
 def distill(
     teacher: Any,

@@ -3,7 +3,7 @@
 objectives:
   - SoftTargets(temperature=4.0, weight=0.9)
   - LogitStandardization(SoftTargets(temperature=2.0, weight=LinearSchedule(0, 9, until=20 / 240)))
-  - Hint(layers={0.5: 0.5, 1.0: 1.0})
+  - "Hint(layers={0.5: 0.5, 1.0: 1.0})"
   - DKD
 """
 

@@ -118,7 +118,7 @@ def test_words_and_numbers(tmp_path: Path) -> None:
     base = tiny.text_backbone(tmp_path / "base")
     for name, data in (("words", tiny.tagged_words()), ("numbers", tiny.ratings())):
         teacher = finetune(base, data, output_dir=tmp_path / name, **tiny.QUICK).folder
-        result = distill(teacher, "carve:1", data, output_dir=tmp_path / f"{name}-student", objectives=["LogitMSE"],
+        result = distill(teacher, "carve:1", data, output_dir=tmp_path / f"{name}-student",
                          **QUICK)  # fmt: skip
         measure = "agreement" if name == "words" else "student_teacher_mse"
         assert result.metrics["validation"][measure] >= 0

@@ -28,9 +28,8 @@ from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..errors import TransferError
 from ..objective import TEACHER_PREFIX, Learner, Objective, model_inputs
-from ..objectives import JSD, MSE, CrossEntropy, SoftTargets
+from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
-from ..objectives._teacher import LogitTerm
 from ..trainer import TransferTrainer
 from .cache import CachedTeacher, CacheKey, TeacherCache, write_cache
 from .cache_choice import CacheCosts, cache_bytes, free_bytes, prefers_cache
@@ -58,7 +57,8 @@ class DistillationTrainer(TransferTrainer):
         model: The student: a network, or a Backbone.
         teacher: A folder, a Hub id, a network, a Backbone, a Teacher (a cache among them), or a list of these, whose
             probabilities are averaged.
-        objectives: The terms that learn from the teacher; by default `SoftTargets(temperature=4.0, weight=0.9)`. The
+        objectives: The terms that learn from the teacher; by default `SoftTargets(temperature=4.0, weight=0.9)`, at
+            temperature 1 for language models, and `LogitMSE(weight=0.9)` for regression. The
             task's own loss against the labels joins them with `args.hard_weight`.
         args: A DistillationConfig.
         processing_class: The student's processor; by it the teacher's inputs are made from the student's.
@@ -103,9 +103,10 @@ class DistillationTrainer(TransferTrainer):
 
     def _with_hard_term(self, objectives: Sequence[Objective] | None, weight: float) -> list[Objective]:
         causal = self.student.task == "causal-lm"
-        if objectives is None:
-            temperature = 1.0 if causal else 4.0
-            objectives = [SoftTargets(temperature, shift=causal, weight=0.9)]
+        if objectives is None and self.student.task == "regression":
+            objectives = [LogitMSE(weight=0.9)]
+        elif objectives is None:
+            objectives = [SoftTargets(1.0 if causal else 4.0, shift=causal, weight=0.9)]
         terms: list[Objective] = list(objectives)
         if not weight:
             return terms
@@ -130,10 +131,11 @@ class DistillationTrainer(TransferTrainer):
 
         if isinstance(self.teacher, NetworkTeacher):
             self.training_teacher = ChunkedTeacher(cast(Any, self.teacher))
-        elif not isinstance(self.teacher, CachedTeacher):
+        elif not isinstance(self.teacher, CachedTeacher) and self.args.teacher_cache != "always":
             raise TransferError(
                 f"chunk_tokens={self.args.chunk_tokens} needs one network as a teacher, or a cache of it, and "
-                f"{type(self.teacher).__name__} is neither: leave chunk_tokens out, or cache its answers."
+                f"{type(self.teacher).__name__} is neither: leave chunk_tokens out, or cache its answers, "
+                "teacher_cache='always'."
             )
         return ChunkedLearner(self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens)
 
@@ -195,7 +197,7 @@ class DistillationTrainer(TransferTrainer):
             return "mixup and CutMix make new images of each batch, which no cache holds."
         if self.args.teacher_cache_top_k is None:
             return None
-        others = [t.name for t in self.objectives if isinstance(t, LogitTerm) and t.needs_all_logits]
+        others = [t.name for t in self.objectives if getattr(t, "needs_all_logits", False)]
         if others:
             return f"the terms {others} need all logits, and teacher_cache_top_k keeps some."
         moving = [t.name for t in self.objectives if callable(getattr(t, "temperature", None))]

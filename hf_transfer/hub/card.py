@@ -193,7 +193,8 @@ def _summary(facts: CardFacts) -> str:
     linked = f"[{base}](https://huggingface.co/{base})" if base and hub_id(facts.base_model) else f"`{base}`"
     what = f"A model for {facts.task}" if facts.library != "peft" else f"An adapter for {facts.task}"
     start = f", fine-tuned from {linked}" if facts.pretrained else f" with the architecture of {linked}, from scratch"
-    taught = f", distilled from `{shown_name(facts.teacher)}`" if facts.teacher else ""
+    teachers = ", ".join(f"`{shown_name(name)}`" for name in (facts.teacher or "").split(", ") if name)
+    taught = f", distilled from {teachers}" if teachers else ""
     data = f" on {_linked_data(facts)}" if facts.dataset else ""
     return f"{what}{start if base else ''}{taught}{data}."
 

@@ -187,6 +187,8 @@ class LogitStandardization(Objective):
         TransferError: If it is not a logit term; in training, if the teacher gives only its largest logits.
     """
 
+    needs_all_logits = True  # to standardise them
+
     def __init__(self, term: LogitTerm, name: str | None = None) -> None:
         if not isinstance(term, LogitTerm):
             raise TransferError(f"LogitStandardization wraps a logit term such as SoftTargets, got {term!r}.")

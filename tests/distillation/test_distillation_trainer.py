@@ -17,7 +17,7 @@ from hf_transfer.data.collate import collator_for
 from hf_transfer.data.transforms import prepare
 from hf_transfer.distillation.cache import CachedTeacher
 from hf_transfer.evaluation import compute_metrics_for
-from hf_transfer.objectives import CRD, DKD, Hint, LogitMSE, SoftTargets
+from hf_transfer.objectives import CRD, DKD, Hint, LogitMSE, LogitStandardization, SoftTargets
 
 CLASSES = ["0", "1", "2"]
 
@@ -178,6 +178,9 @@ def test_what_cannot_be_cached_is_said_before_training(tmp_path: Path, data: Any
         make(tmp_path, data, network(2), teacher, [Hint()], teacher_cache="always").train()
     with pytest.raises(TransferError, match=r"\['logit_mse'\] need all logits"):
         make(tmp_path, data, network(2), teacher, [LogitMSE()], teacher_cache="always", teacher_cache_top_k=2).train()
+    standard = [LogitStandardization(SoftTargets())]
+    with pytest.raises(TransferError, match=r"\['standardized_soft_targets'\] need all logits"):
+        make(tmp_path, data, network(2), teacher, standard, teacher_cache="always", teacher_cache_top_k=2).train()
     moving = [SoftTargets(temperature=lambda progress: 4 - progress)]
     with pytest.raises(TransferError, match=r"temperature of \['soft_targets'\] moves"):
         make(tmp_path, data, network(2), teacher, moving, teacher_cache="always", teacher_cache_top_k=2).train()

@@ -1,0 +1,193 @@
+"""Sixteen linear probes in one pass beside one probe, on the same features and batches.
+
+    OMP_NUM_THREADS=1 python benchmarks/probes.py              # about a minute on one core
+    OMP_NUM_THREADS=1 python benchmarks/probes.py --rounds 15 --steps 200
+
+Four arms run once a round in one process, in an order drawn anew each round: `one`, one probe by fit_probes; `sixteen`,
+16 of them at once; `apart`, 16 one after another; and `loop`, one probe as one would write it: nn.Linear, autograd,
+torch.optim.SGD with a cosine schedule, on features standardised before. All train on random features; what they cost
+does not depend on values. A figure is the median of the rounds' ratios of CPU time of the process, with the interval of
+the median by its order statistics.
+
+That the work is equal is checked by results, in float64: each of the sixteen is the probe that was trained apart, and
+the loop's probe is that of `one`.
+"""
+
+import argparse
+import json
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_transfer.frozen import linear_probes
+from hf_transfer.frozen.linear_probes import GRID, Setting, fit_probes
+
+RESULTS = Path(__file__).with_suffix(".json")
+ROUNDS, WARM_UP, SEED, BATCH = 15, 2, 0, 256
+CASES = {"MiniLM, 2 classes": (384, 2), "MiniLM, 10 classes": (384, 10), "MobileNetV2, 10 classes": (1280, 10)}
+ROWS = {  # ratio -> what it is, target
+    "sixteen / loop": ("16 probes at once / one probe, bare loop", "<= 4"),
+    "sixteen / one": ("16 probes at once / one probe by the same code", "<= 4"),
+    "sixteen / apart": ("16 probes at once / 16 probes one after another", ""),
+    "one / loop": ("one probe / one probe, bare loop", ""),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random features of N rows.
+
+    Attributes:
+        x: (N, D).
+        labels: (N,).
+        classes: C.
+        steps: Optimizer steps of a training.
+    """
+
+    x: Tensor
+    labels: Tensor
+    classes: int
+    steps: int
+
+    @classmethod
+    def drawn(cls, width: int, classes: int, rows: int, steps: int, dtype: torch.dtype = torch.float32) -> "Case":
+        draw = torch.Generator().manual_seed(SEED)
+        labels = torch.arange(rows) % classes
+        x = torch.randn(rows, width, generator=draw, dtype=torch.float64)
+        return cls((x + torch.randn(classes, width, generator=draw)[labels]).to(dtype), labels, classes, steps)
+
+    def fitted(self, settings: Sequence[Setting]) -> Tensor:
+        """(P, D, C) weights by fit_probes."""
+        return fit_probes(
+            self.x, self.labels, self.classes, settings=settings, steps=self.steps, batch_size=BATCH, seed=SEED
+        ).weight
+
+    def looped(self, setting: Setting) -> Tensor:
+        """(D, C) weights by a bare loop."""
+        mean, scale = linear_probes._standard(self.x)
+        standard = (self.x - mean) / scale
+        layer = nn.Linear(self.x.shape[1], self.classes, dtype=self.x.dtype)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        groups = [
+            {"params": [layer.weight], "weight_decay": setting.weight_decay},
+            {"params": [layer.bias], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=setting.learning_rate, momentum=linear_probes.MOMENTUM)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
+        for rows in linear_probes._batches(len(self.x), BATCH, self.steps, SEED):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(standard[rows]), self.labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        return layer.weight.detach().T
+
+
+CHOSEN = GRID[5]  # which of the sixteen is the one
+ARMS: dict[str, Callable[[Case], Any]] = {
+    "one": lambda case: case.fitted([CHOSEN]),
+    "sixteen": lambda case: case.fitted(GRID),
+    "apart": lambda case: [case.fitted([setting]) for setting in GRID],
+    "loop": lambda case: case.looped(CHOSEN),
+}
+
+
+def check(width: int, classes: int) -> float:
+    """The largest difference between weights that should be equal, in float64.
+
+    Raises:
+        SystemExit: If it is above 1e-9.
+    """
+    case = Case.drawn(width, classes, rows=600, steps=20, dtype=torch.float64)
+    together, one = case.fitted(GRID), case.fitted([CHOSEN])[0]
+    apart = torch.cat([case.fitted([setting]) for setting in GRID])
+    found = max(float((a - b).abs().max()) for a, b in ((together, apart), (case.looped(CHOSEN), one)))
+    if not found <= 1e-9:
+        raise SystemExit(f"{width} features, {classes} classes: the arms end {found} apart")
+    return found
+
+
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds of CPU time by arm, one a round."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order = random.Random(SEED)
+    for round_ in range(-WARM_UP, rounds):
+        for arm in order.sample(list(ARMS), len(ARMS)):
+            start = time.process_time()
+            ARMS[arm](case)
+            if round_ >= 0:
+                seconds[arm].append(time.process_time() - start)
+    return seconds
+
+
+def figure(ratios: Iterable[float]) -> tuple[float, float, float]:
+    """The median, and an interval that holds it in at least 95 % of cases (from 6 rounds)."""
+    ranked = sorted(ratios)
+    n = len(ranked)
+    outside = max((k for k in range(n // 2) if 2 * sum(comb(n, j) for j in range(k + 1)) / 2**n <= 0.05), default=0)
+    return median(ranked), ranked[outside], ranked[-1 - outside]
+
+
+def table(path: Path = RESULTS) -> list[str]:
+    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text())
+    lines = [
+        "## Sixteen linear probes at once",
+        "",
+        "CPU time; median of paired rounds with its 95 % interval.",
+        "",
+        "| features | ratio | target | CPU time | rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in measured["cases"].items():
+        for ratio, (title, target) in ROWS.items():
+            over, under = (found["seconds"][arm] for arm in ratio.split(" / "))
+            value, low, high = figure(a / b for a, b in zip(over, under, strict=True))
+            cells = (name, title, target, f"{value:.2f} [{low:.2f}, {high:.2f}]", str(len(over)))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {name} | floor of 16 / one: {_floor(found)} | | | |")
+    return [*lines, "", f"`python benchmarks/probes.py` on {measured['machine']}."]
+
+
+def _floor(found: Mapping[str, Any]) -> str:
+    return f"16 times the multiplications; a step of 16 takes {1000 * median(found['seconds']['sixteen']) / found['steps']:.2f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all cases, writes the file, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    measured: dict[str, Any] = {"cases": {}}
+    for name, (width, classes) in CASES.items():
+        apart = check(width, classes)
+        print(f"{name}: arms end {apart:.1e} apart in float64", file=sys.stderr)
+        case = Case.drawn(width, classes, given.rows, given.steps)
+        measured["cases"][name] = {
+            "features": width, "classes": classes, "rows": given.rows, "steps": given.steps, "apart": apart,
+            "seconds": {arm: [round(s, 5) for s in values] for arm, values in measure(case, given.rounds).items()},
+        }  # fmt: skip
+    measured["machine"] = (
+        f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}"
+    )
+    given.results.write_text(json.dumps(measured, indent=1) + "\n")
+    print("\n".join(table(given.results)))
+
+
+if __name__ == "__main__":
+    main()
