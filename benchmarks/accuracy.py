@@ -43,7 +43,7 @@ BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
 WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
 XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
 SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
-KD_CIFAR = "Distillation, CIFAR-10: the full fine-tune above into lcnet_050 from scratch, the same data, 8 epochs"
+KD_CIFAR = "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 from scratch, the same rows, 8 epochs"
 KD_SST2 = "Distillation, SST-2: the full fine-tune above into three of its layers, and into a BiLSTM; validation split"
 
 _CIFAR = (
@@ -60,7 +60,7 @@ _STUDENT = (
     f"--dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 --max_eval_samples 2000 "
     "--num_train_epochs 8 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no"
 )
-_KD_CIFAR = f"--teacher runs/benchmarks/cifar_full-seed42 {_STUDENT} --teacher_cache_views 2"
+_KD_CIFAR = f"--teacher runs/benchmarks/kd_cifar_teacher-seed42 {_STUDENT} --teacher_cache_views 2"
 _KD_SST2 = f"--teacher runs/benchmarks/sst2_full-seed42 --dataset {SHARED}/data/sst2 --save_strategy no"
 _BILSTM = f"{_KD_SST2} --model bilstm --learning_rate 2e-3 --num_train_epochs 6"
 
@@ -82,6 +82,9 @@ JOBS = {
     "xray_full": Job(XRAY, "full", "finetune_xray", _XRAY, "auroc", seeds=XRAY_SEEDS),
     "speech_probe": Job(SPEECH, "linear probe", "finetune_speech", f"{_SPEECH} --tuning linear_probe", seeds=SEEDS),
     "speech_full": Job(SPEECH, "full", "finetune_speech", _SPEECH, seeds=SEEDS),
+    "kd_cifar_teacher": Job(
+        KD_CIFAR, "the teacher: full, 3 epochs", "finetune_cifar", f"{_CIFAR} --tuning full --learning_rate 1e-3"
+    ),
     "kd_cifar_labels": Job(
         KD_CIFAR,
         "labels alone",

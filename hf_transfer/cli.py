@@ -124,7 +124,9 @@ def _probe(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     if given.get("folds") == 0:
         given["folds"] = None
-    print(probe(given.pop("models"), given.pop("dataset"), **given))
+    report = probe(given.pop("models"), given.pop("dataset"), **given)
+    if is_first_process():
+        print(report)
 
 
 def _push(options: argparse.Namespace) -> None:

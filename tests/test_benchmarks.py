@@ -37,11 +37,22 @@ def test_the_figure_is_reached(measured: dict[str, Any], name: str, least: float
     [
         ("cifar_full", "cifar_scratch", 40), ("cifar_partial", "cifar_probe", 0), ("cifar_lora", "cifar_probe", 0),
         ("sst2_lora", "sst2_full", -2), ("wnut_full", "wnut_probe", 0), ("xray_full", "xray_probe", 0),
-        ("speech_full", "speech_probe", 0),
+        ("speech_full", "speech_probe", 0), ("kd_cifar_soft", "kd_cifar_labels", 3),
+        ("kd_sst2_bilstm", "kd_sst2_bilstm_labels", 0),
     ],
 )  # fmt: skip
 def test_one_way_beats_another(measured: dict[str, Any], better: str, worse: str, by: float) -> None:
     assert score(measured, better) >= score(measured, worse) + by
+
+
+@pytest.mark.parametrize(
+    ("student", "other", "share"),
+    [("kd_sst2_carve", "sst2_full", 0.97), ("kd_sst2_bilstm", "sst2_full", 0.9)],
+)
+def test_a_student_keeps_this_share_of_its_teacher(
+    measured: dict[str, Any], student: str, other: str, share: float
+) -> None:
+    assert score(measured, student) >= share * score(measured, other)
 
 
 def test_lora_on_text_trains_few_parameters(measured: dict[str, Any]) -> None:

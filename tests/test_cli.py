@@ -73,7 +73,7 @@ def test_help_and_version_load_no_library(flag: str) -> None:
     if flag == "--version":
         assert text == [f"hf-transfer-learning {__version__}"]
     else:
-        assert all(command in done.stdout for command in ("finetune", "distill", "report", "push"))
+        assert all(command in done.stdout for command in ("finetune", "distill", "probe", "report", "push"))
 
 
 def test_module_runs_as_accelerate_launch_runs_it() -> None:
@@ -171,6 +171,45 @@ def test_a_bad_line_of_a_distillation_is_one_error(
     assert out == "" and not (tmp_path / "run").exists()
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert said in error
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ([], {}), (["--folds", "0"], {"folds": None}),
+        (["--methods", "knn", "lda", "--folds", "3"], {"methods": ["knn", "lda"], "folds": 3}),
+        (["--seed", "0"], {"seed": 0}),
+        (["--image_size", "64", "--batch_size", "8"], {"image_size": 64, "batch_size": 8}),
+    ],
+)  # fmt: skip
+def test_probe_hands_over_what_was_given_and_prints_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], given: dict[str, Any]
+) -> None:
+    """What is not given is left to probe()'s own defaults, whose names the flags are."""
+    import inspect
+
+    from hf_transfer.frozen.probe import probe
+
+    known = inspect.signature(probe).parameters
+    calls = stand_in(monkeypatch, "hf_transfer.frozen.probe", "probe", "the table")
+    assert main(["probe", "--models", "a", "b", "--dataset", "digits", *flags]) == 0
+    assert calls == [((["a", "b"], "digits"), given)]
+    assert capsys.readouterr().out == "the table\n"
+    options = vars(cli._parser().parse_args(["probe", "--models", "a", "--dataset", "d"]))
+    assert set(options) - {"command"} == set(known)
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_probe_ranks_backbones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = tiny.text_backbone(tmp_path / "net")
+    data = tiny.parquet_folder(tiny.sentences(), tmp_path / "data")
+    flags = ["--methods", "knn", "--folds", "2"]
+    assert main(["probe", "--models", str(net), "--dataset", str(data), *flags]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split()[:2] == ["backbone", "knn"] and table[2].startswith(str(net))
+    assert main(["probe", "--models", str(net), "--dataset", str(data), "--methods", "svm"]) == 2
+    assert "error: method 'svm' is not known" in capsys.readouterr().err
 
 
 def test_only_the_first_process_prints(

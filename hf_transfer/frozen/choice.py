@@ -126,6 +126,8 @@ class _Plan:
         )
         self._refuse(terms)
         self.views = self._views()
+        if self.run.cache == "auto" and self._epochs() <= self.views:
+            raise NoCut(f"{self._epochs():g} epoch(s) show no version of a row twice.")
         self.model.to(args.device)
         self.cut = find_cut(self.model, self._on_device(model_inputs(self._sample())))
 

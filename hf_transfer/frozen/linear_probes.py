@@ -17,13 +17,14 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import UNLABELLED, wide
 
 MOMENTUM = 0.9
 _ROWS = 4096  # that are scored at a time
+_NOTHING = 1e-20  # probabilities below it count as 0: a CPU multiplies by denormal numbers a hundred times as slowly
 
 
 class Setting(NamedTuple):
@@ -129,6 +130,7 @@ def fit_probes(
         rows = rows.to(x.device)
         batch = x.index_select(0, rows)  # (B, D + 1)
         slope = (batch @ weight).view(-1, classes, p).softmax(1)  # (B, C, P), of the loss by the logits
+        nn.functional.threshold(slope, _NOTHING, 0.0, inplace=True)
         target = labels.index_select(0, rows)[:, None, None].expand(-1, 1, p)
         slope.scatter_add_(1, target, slope.new_full((1, 1, 1), -1.0).expand_as(target))
         velocity.addmm_(batch.T, slope.flatten(1), beta=MOMENTUM, alpha=1 / len(rows))

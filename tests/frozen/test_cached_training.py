@@ -155,12 +155,18 @@ def test_auto_takes_the_cheaper_way_and_says_so(
 
 
 def test_costs_are_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One epoch is never worth a cache: what it saves is what it costs."""
+    """A hundred epochs of loading and computing cost more than one; a single epoch costs what a cache does."""
     folder, data, _ = start("bert", tmp_path / "start")
     with caplog.at_level(logging.INFO, logger="hf_transfer.frozen.choice"):
         run(folder, "one", data, tuning="linear_probe", num_train_epochs=1)
-    assert "Frozen layers run live: loading takes" in caplog.text
-    assert "over 1 epochs" in caplog.text
+        assert "Frozen layers run live: 1 epoch(s) show no version of a row twice." in caplog.text
+        run(folder, "many", data, tuning="linear_probe", num_train_epochs=100, eval_strategy="no", logging_steps=99)
+    found = re.search(
+        r"computed once: loading takes ([\d.]+) ms a batch and the frozen layers ([\d.]+) ms", caplog.text
+    )
+    assert found is not None
+    assert float(found[1]) > 0
+    assert float(found[2]) > 0
 
 
 class Foreign(Objective):
@@ -177,7 +183,7 @@ class Foreign(Objective):
         ("test_resnet", {"mixup": 0.2}, "mixup and CutMix"),
         ("bert", {"tuning": "full"}, "nothing is frozen below"),
         ("bert", {"tuning": "lora", "lora_r": 2}, "PeftModel wraps"),
-        ("bert", {"cache_max_bytes": 100}, "more than cache_max_bytes allows"),
+        ("bert", {"cache_max_bytes": 100, "max_steps": 12}, "more than cache_max_bytes allows"),
         ("bert", {"sampling": "balanced_classes"}, "sampling='balanced_classes'"),
         ("bert", {"objectives": [Foreign()]}, "may read the inputs"),
     ],
