@@ -66,6 +66,7 @@ ROWS = {
     "live / plain": ("live teacher / TransferTrainer", ""),
     "floor": ("floor of a live teacher", ""),
     "live / plain / floor": ("live teacher / TransferTrainer / floor", "<= 1.10"),
+    "(live - plain) / teacher": ("(live teacher - TransferTrainer) / F_T", ""),
 }
 EQUAL = 0.01  # two runs of the same work end at least so near each other, in units of how far they went
 
@@ -310,7 +311,8 @@ def figures(found: Mapping[str, Any], kind: str = "cpu") -> dict[str, Figure]:
         kind: "cpu" or "wall".
 
     Returns:
-        By name: an epoch with a warm cache over plain ones; a live teacher's, and over the floor of its round.
+        By name (as in ROWS): ratios of epochs; the floor of a live teacher, and its epoch over the floor of its
+        round; what it adds to a plain epoch, over its forward passes alone.
     """
     seconds = found[kind]
     rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
@@ -325,6 +327,7 @@ def figures(found: Mapping[str, Any], kind: str = "cpu") -> dict[str, Figure]:
         "live / plain": Figure.of(each["live"] / each["plain"] for each in rounds),
         "floor": Figure.of(map(floor, rounds)),
         "live / plain / floor": Figure.of(each["live"] / each["plain"] / floor(each) for each in rounds),
+        "(live - plain) / teacher": Figure.of((r["live"] - r["plain"]) / r["teacher forward"] for r in rounds),
     }
 
 

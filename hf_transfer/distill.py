@@ -72,6 +72,12 @@ class DistillationRun(RunConfig):
         if not self.teacher:
             raise TransferError("teacher must be given: a Hub id or a folder, on the command line --teacher NAME.")
 
+        if self.cache != "auto" or self.cache_views is not None:
+            raise TransferError(
+                f"cache={self.cache!r}, cache_views={self.cache_views!r}: they are finetune()'s, for frozen layers. "
+                "For the teacher's answers give teacher_cache and teacher_cache_views."
+            )
+
     def name_parts(self) -> tuple[str, ...]:
         """As RunConfig's, and the teacher: the same student without one has a folder of its own."""
         return (*super().name_parts(), "from", Path(self.teacher).resolve().name)

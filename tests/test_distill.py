@@ -161,6 +161,7 @@ def test_a_lora_student_of_its_own_base(texts: Path, tmp_path: Path) -> None:
         ({"objectives": ["SoftTarget"]}, "SoftTargets"),
         ({"baseline": "nowhere"}, "nowhere"),
         ({"metric_for_best_model": "agrement"}, "did you mean 'agreement'"),
+        ({"cache": "always"}, "teacher_cache"),
         ({"tuning": "gradual"}, "several phases"),
         ({"temperature": 2.0}, "Unknown option 'temperature'"),
     ],
