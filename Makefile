@@ -20,9 +20,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About an hour on 2 CPU cores; needs the data and weights in ../shared.
+# Some hours on 2 CPU cores; needs the data and weights in ../shared.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py run
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_cost.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/accuracy.py write
 
 format: $(INSTALLED)

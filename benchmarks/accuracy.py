@@ -1,7 +1,7 @@
 """How well the recipes do on real data beside the project (../shared): runs them, writes docs/benchmarks.md.
 
     python benchmarks/accuracy.py run cifar_full cifar_lora        # some jobs; done ones are kept
-    python benchmarks/accuracy.py run                              # all: about an hour on 2 CPU cores
+    python benchmarks/accuracy.py run                              # all: some hours on 2 CPU cores
     python benchmarks/accuracy.py write                            # docs/benchmarks.md and benchmarks/accuracy.json
 
 A job is a recipe with its flags and seeds, run as a user would run it. The score is that of the last step on the test
@@ -14,6 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+
+import distillation_cost
+import probes
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
@@ -189,6 +192,8 @@ def write() -> None:
     if adapt.exists():
         summary["adapt"] = json.loads(adapt.read_text())
         lines += _adaptation(summary["adapt"])
+    for ratios in (distillation_cost.table, probes.table):
+        lines += ["", *ratios()]
     versions = next(facts["runs"][0]["versions"] for facts in summary.values() if "runs" in facts)
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n")

@@ -228,7 +228,7 @@ def test_they_are_the_evaluation_loss(logits, hard, soft) -> None:
     ):  # fmt: skip
         learner = Learner(Net(), [term], None).eval()
         loss = learner({"x": x, "labels": labels}).loss
-        torch.testing.assert_close(loss, mean_of(term, x, labels).float())
+        torch.testing.assert_close(loss, mean_of(term, x, labels))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
