@@ -15,6 +15,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -89,8 +90,23 @@ def _is_followed(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return bool(module._qkv_same_embed_dim)
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return False  # a mixture's router, say, which returns more than the product
+        return _is_product(module) and not parametrize.is_parametrized(module)
     return not parametrize.is_parametrized(module)
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether a linear layer with a forward of its own still gives W x + b: Falcon's does, a mixture's router not."""
+    weight = layer.weight
+    x = torch.linspace(-1, 1, layer.in_features, dtype=weight.dtype, device=weight.device)[None]  # (1, D)
+    try:
+        found = layer(x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    product = nn.functional.linear(x, weight, layer.bias)
+    if not torch.is_tensor(found) or found.shape != product.shape:
+        return False
+    return found.is_meta or torch.allclose(found.float(), product.float(), rtol=1e-2, atol=1e-3)
 
 
 def _is_read_past(parent: nn.Module, child: str) -> bool:

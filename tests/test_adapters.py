@@ -32,6 +32,7 @@ from tuned_networks import (
     wrapped,
 )
 
+from hf_transfer.adapters import adaptable_layers
 from hf_transfer.anatomy import Anatomy
 from hf_transfer.errors import TransferError
 from hf_transfer.tuning import FullFineTune, GradualUnfreeze, LinearProbe, LoRA, Peft, merge, plan
@@ -312,3 +313,23 @@ def test_real_mobilenet_keeps_its_logits_through_lora_and_merge(shared):
         assert 0.02 < plan(adapter).trainable / plan(adapter).total < 0.9
         torch.testing.assert_close(adapter(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(merge(adapter)(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class OwnForward(nn.Linear):
+    """A linear layer that computes its product itself, as Falcon's does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Router(nn.Linear):
+    """A linear layer that returns more than its product, as a mixture's router does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(dim=-1)
+
+
+@pytest.mark.parametrize(("layer", "adapted"), [(OwnForward, True), (Router, False)])
+def test_linear_layers_with_a_forward_of_their_own(layer: type[nn.Linear], adapted: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer(4, 4), nn.Linear(4, 2))
+    assert ("1" in adaptable_layers(model, Anatomy.of(model))) == adapted
