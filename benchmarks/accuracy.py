@@ -46,7 +46,7 @@ BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
 WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
 XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
 SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
-KD_CIFAR = "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 from scratch, the same rows, 8 epochs"
+KD_CIFAR = "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 from scratch, the same rows, 16 epochs"
 KD_SST2 = "Distillation, SST-2: the full fine-tune above into three of its layers, and into a BiLSTM; validation split"
 
 _CIFAR = (
@@ -61,9 +61,11 @@ _XRAY = f"--model {MOBILENET} --dataset {SHARED}/data/pneumonia"
 _SPEECH = f"--model runs/benchmarks/tiny_ast --dataset {SHARED}/data/spoken_digits --label_column label"
 _STUDENT = (
     f"--dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 --max_eval_samples 2000 "
-    "--num_train_epochs 8 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no"
+    "--num_train_epochs 16 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no"
 )
-_KD_CIFAR = f"--teacher runs/benchmarks/kd_cifar_teacher-seed42 {_STUDENT} --teacher_cache_views 2"
+_KD_CIFAR = (
+    f"--teacher runs/benchmarks/kd_cifar_teacher-seed42 {_STUDENT} --teacher_cache always --teacher_cache_views 2"
+)
 _KD_SST2 = f"--teacher runs/benchmarks/sst2_full-seed42 --dataset {SHARED}/data/sst2 --save_strategy no"
 _BILSTM = f"{_KD_SST2} --model bilstm --learning_rate 2e-3 --num_train_epochs 6"
 
