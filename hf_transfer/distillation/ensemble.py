@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TransferError
+from ..objective import wide
 from .base import Teacher
 from .signal import TeacherSignal
 
@@ -79,8 +80,8 @@ class EnsembleTeacher(Teacher):
     def _mean(self, logits: Sequence[Tensor]) -> Tensor:
         """(..., C) of each -> (..., C), float32 at least."""
         if self.task == "regression" or logits[0].shape[-1] == 1:
-            return torch.stack([w * _wide(x) for w, x in zip(self.weights, logits, strict=True)]).sum(dim=0)
-        log_p = [math.log(w) + F.log_softmax(_wide(x), dim=-1) for w, x in zip(self.weights, logits, strict=True)]
+            return torch.stack([w * wide(x) for w, x in zip(self.weights, logits, strict=True)]).sum(dim=0)
+        log_p = [math.log(w) + F.log_softmax(wide(x), dim=-1) for w, x in zip(self.weights, logits, strict=True)]
         return torch.stack(log_p).logsumexp(dim=0)
 
     @torch.inference_mode()
@@ -102,7 +103,7 @@ class EnsembleTeacher(Teacher):
         for i in chosen:
             mask = route == i  # (N,)
             rows = {name: value[mask] if len(value) == len(mask) else value for name, value in batch.items()}
-            logits = _wide(_logits(self.teachers[int(i)](rows)))
+            logits = wide(_logits(self.teachers[int(i)](rows)))
             if answered is None:
                 answered = logits.new_empty(len(mask), *logits.shape[1:])
             answered[mask] = logits
@@ -117,7 +118,3 @@ def _logits(signal: TeacherSignal) -> Tensor:
             "store all of them in its cache (top_k=None), or cache the ensemble's own answers."
         )
     return signal.logits
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

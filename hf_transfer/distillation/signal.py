@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TransferError
+from ..objective import wide
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TopLogits:
         if not 1 <= k < logits.shape[-1]:
             raise TransferError(f"k must be in [1, {logits.shape[-1] - 1}] for {logits.shape[-1]} classes, got {k!r}.")
         values, indices = logits.topk(k, dim=-1)
-        tails = {t: _log_rest(_wide(logits) / t, indices) for t in temperatures}
+        tails = {t: _log_rest(wide(logits) / t, indices) for t in temperatures}
         return cls(values, indices, tails, logits.shape[-1])
 
     def tail_at(self, temperature: float) -> Tensor:
@@ -105,13 +106,13 @@ class TeacherSignal:
         Raises:
             TransferError: If the signal has no logits, or none at this temperature.
         """
-        student = _wide(student_logits) / temperature
+        student = wide(student_logits) / temperature
         if self.logits is not None:
-            return F.log_softmax(_wide(self.logits) / temperature, dim=-1), F.log_softmax(student, dim=-1)
+            return F.log_softmax(wide(self.logits) / temperature, dim=-1), F.log_softmax(student, dim=-1)
         if self.top is None:
             raise TransferError(f"The teacher's signal has no logits; it has {self.contents() or 'nothing'}.")
-        tail = _wide(self.top.tail_at(temperature))[..., None]  # (..., 1)
-        teacher = torch.cat([_wide(self.top.values) / temperature, tail], dim=-1)  # (..., k + 1)
+        tail = wide(self.top.tail_at(temperature))[..., None]  # (..., 1)
+        teacher = torch.cat([wide(self.top.values) / temperature, tail], dim=-1)  # (..., k + 1)
         indices = self.top.indices.long()
         rest = _log_rest(student, indices)[..., None]
         events = torch.cat([student.gather(-1, indices), rest], dim=-1)  # (..., k + 1)
@@ -159,8 +160,3 @@ class TeacherSignal:
 def _log_rest(logits: Tensor, indices: Tensor) -> Tensor:
     """(...), log sum exp of the logits (..., C) that are not at `indices` (..., k)."""
     return logits.scatter(-1, indices, -torch.inf).logsumexp(dim=-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
