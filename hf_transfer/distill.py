@@ -71,7 +71,6 @@ class DistillationRun(RunConfig):
         super().__post_init__()
         if not self.teacher:
             raise TransferError("teacher must be given: a Hub id or a folder, on the command line --teacher NAME.")
-
         if self.cache != "auto" or self.cache_views is not None:
             raise TransferError(
                 f"cache={self.cache!r}, cache_views={self.cache_views!r}: they are finetune()'s, for frozen layers. "

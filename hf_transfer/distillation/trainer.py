@@ -163,7 +163,10 @@ class DistillationTrainer(TransferTrainer):
 
     def _choose_teacher(self, max_steps: int) -> None:
         mode = self.args.teacher_cache
-        if isinstance(self.teacher, CachedTeacher) or mode == "never":
+        if isinstance(self.teacher, CachedTeacher):
+            self._check_given_cache(self.teacher)
+            return
+        if mode == "never":
             return
         obstacle = self._why_no_cache()
         if obstacle is not None:
@@ -183,6 +186,12 @@ class DistillationTrainer(TransferTrainer):
         cache = self._write_cache(folder, key)
         self.training_teacher = CachedTeacher(cache, self.teacher.labels).to(self.args.device)
         logger.info("Teacher cached in %s: %d view(s) of each row", folder, views)
+
+    def _check_given_cache(self, teacher: CachedTeacher) -> None:
+        """Whether a cache that the user opened is one of these rows, as they are seen here."""
+        if (obstacle := self._why_no_cache()) is not None:
+            raise TransferError(f"The teacher is a cache: {obstacle}")
+        self._cache_key(teacher.views).check(teacher.cache.key, teacher.cache.folder)
 
     def _why_no_cache(self) -> str | None:
         """What stands against a cache; None if nothing does."""

@@ -163,6 +163,23 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(
     same(weights(again.model), trained["always"])
 
 
+def test_a_cache_that_is_given_must_be_of_these_rows_as_they_are_seen(
+    tmp_path: Path, data: Any, teacher: Backbone
+) -> None:
+    written = make(tmp_path, data, network(2), teacher, teacher_cache="always", max_steps=1)
+    written.train()
+    cache = written.training_teacher
+    given = make(tmp_path, data, network(2), cache, max_steps=1)
+    given.train()
+    same(weights(given.model), weights(written.model))
+    with pytest.raises(TransferError, match="another transform"):
+        make(tmp_path, data, network(2), cache, augment="geometric", max_steps=1).train()
+    mixed = make(tmp_path, data, network(2), cache, max_steps=1)
+    mixed.data_collator = collator_for(mixed.student, mixup=0.5)
+    with pytest.raises(TransferError, match="mixup and CutMix"):
+        mixed.train()
+
+
 def test_auto_measures_and_says_what_it_chose(
     tmp_path: Path, data: Any, teacher: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:
