@@ -9,14 +9,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..objective import wide
+
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
-def wide(x: Any) -> Any:
+def _wide(x: Any) -> Any:
     """A floating tensor in float32 at least; anything else as it is."""
-    if torch.is_tensor(x) and x.is_floating_point():
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-    return x
+    return wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
 
 
 def full_precision(function: Function) -> Function:
@@ -25,7 +25,7 @@ def full_precision(function: Function) -> Function:
     @functools.wraps(function)
     def computed(*args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(args[0].device.type, enabled=False):
-            return function(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+            return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
 
     return cast(Function, computed)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError
-from ..objective import Objective, Schedule, Step
+from ..objective import Objective, Schedule, Step, wide
 from ._labels import items_of, labelled_items, number_of
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 def l1(weights: Iterable[Tensor]) -> Tensor:
     """Sum of absolute values, in float32 at least."""
-    return torch.stack([w.to(torch.promote_types(w.dtype, torch.float32)).abs().sum() for w in weights]).sum()
+    return torch.stack([wide(w).abs().sum() for w in weights]).sum()
 
 
 def l2(weights: Iterable[Tensor]) -> Tensor:
     """Half the sum of squares, in float32 at least: its gradient is the weight itself."""
-    return torch.stack([w.to(torch.promote_types(w.dtype, torch.float32)).square().sum() for w in weights]).sum() / 2
+    return torch.stack([wide(w).square().sum() for w in weights]).sum() / 2
 
 
 def elastic_net(weights: Iterable[Tensor], l1_ratio: float = 0.5) -> Tensor:
@@ -42,7 +42,7 @@ def negative_entropy(logits: Tensor) -> Tensor:
     Returns:
         (...).
     """
-    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    log_p = F.log_softmax(wide(logits), dim=-1)
     return (log_p.exp() * log_p).sum(dim=-1)
 
 

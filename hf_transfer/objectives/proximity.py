@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError
-from ..objective import Objective, Schedule, Step
+from ..objective import Objective, Schedule, Step, wide
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -23,10 +23,10 @@ def squared_distance(weights: Sequence[Tensor], start: Sequence[Tensor] | None =
     """sum ||w - w0||^2 over pairs of tensors, in float32 at least; w0 = 0 without `start`. 0-d."""
     if not weights:
         return torch.zeros(())
-    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
+    moved = [wide(w) for w in weights]
     if start is not None:
-        wide = list(torch._foreach_sub(wide, [w0.to(w.dtype) for w, w0 in zip(wide, start, strict=True)]))
-    return torch.stack([norm.to(wide[0].device) for norm in torch._foreach_norm(wide)]).square().sum()
+        moved = list(torch._foreach_sub(moved, [w0.to(w.dtype) for w, w0 in zip(moved, start, strict=True)]))
+    return torch.stack([norm.to(moved[0].device) for norm in torch._foreach_norm(moved)]).square().sum()
 
 
 def squared_product(b: Tensor, a: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def squared_product(b: Tensor, a: Tensor) -> Tensor:
     Returns:
         0-d, float32 at least.
     """
-    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+    a, b = wide(a), wide(b)
     return ((b.T @ b) * (a @ a.T)).sum()
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TransferError
-from ..objective import UNLABELLED, Objective, Schedule, Step
+from ..objective import UNLABELLED, Objective, Schedule, Step, wide
 from ._labels import items_of, labelled_items, number_of
 
 
@@ -34,7 +34,7 @@ def cross_entropy(
     Returns:
         (...), 0 at unlabelled items.
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     labelled = labelled_items(labels)  # (...)
     flat = logits.reshape(-1, logits.shape[-1])  # (M, C)
     targets = labels.to(logits.dtype).reshape_as(flat) if labels.is_floating_point() else labels.reshape(-1)
@@ -72,7 +72,7 @@ def focal(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: Tensor | No
     Returns:
         (...), 0 at unlabelled items.
     """
-    log_p = F.log_softmax(_wide(logits), dim=-1)  # (..., C)
+    log_p = F.log_softmax(wide(logits), dim=-1)  # (..., C)
     labelled = labelled_items(labels)
     soft = labels.is_floating_point()
     chosen = log_p if soft else log_p.gather(-1, labels.clamp(min=0)[..., None])  # (..., C) or (..., 1)
@@ -97,7 +97,7 @@ def squared_error(predictions: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels.reshape(len(labels), -1)  # (N, K)
     labelled = (labels != UNLABELLED).any(dim=1)
-    predictions = _wide(predictions)
+    predictions = wide(predictions)
     error = predictions - torch.where(labelled[:, None], labels.to(predictions.dtype), predictions)
     return error.square().mean(dim=1)
 
@@ -112,7 +112,7 @@ def kl_divergence(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (...), 0 at unlabelled items.
     """
-    log_q = F.log_softmax(_wide(logits), dim=-1)
+    log_q = F.log_softmax(wide(logits), dim=-1)
     labelled = labelled_items(labels)
     p = torch.where(labelled[..., None], labels, 0).to(log_q)
     return (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
@@ -261,11 +261,6 @@ class KLDivergence(Objective):
             )
         _check_classes(step.logits, labels, self.name)
         return kl_divergence(step.logits, labels)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _labels(step: Step, term: str) -> Tensor:
