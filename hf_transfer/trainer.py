@@ -85,6 +85,7 @@ class TransferTrainer(Trainer):
         self._counts: dict[str, Tensor] | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._terms_logged_at = 0
+        self.predictions_kept = True  # whether the evaluation under way returns all logits, as predict() does
         self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
         super().__init__(*args, **kwargs)
         self.objectives = list(objectives or ())
@@ -176,6 +177,10 @@ class TransferTrainer(Trainer):
 
     def teacher_signal(self, inputs: Mapping[str, Any]) -> Any:
         """What a teacher says of a training batch, for `step.teacher`; None without one."""
+        return None
+
+    def evaluation_signal(self, inputs: Mapping[str, Any]) -> Any:
+        """What a teacher says of an evaluation batch, for `step.teacher`; None without one."""
         return None
 
     def extra_columns(self) -> Sequence[str]:
@@ -333,7 +338,7 @@ class TransferTrainer(Trainer):
             progress=progress,
             counts=self._counts if training else None,
             micro_batches=self.current_gradient_accumulation_steps if training else 1,
-            teacher=self.teacher_signal(inputs) if training else None,
+            teacher=self.teacher_signal(inputs) if training else self.evaluation_signal(inputs),
         )
         if training:
             self._add_terms(signal.terms)
@@ -360,6 +365,7 @@ class TransferTrainer(Trainer):
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
+        self.predictions_kept = description != "Evaluation" or not self.args.batch_eval_metrics
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +90,33 @@ class ChunkedTeacher(Teacher):
         return self
 
 
+class Observer(Protocol):
+    """Who reads the logits of an evaluation, a stretch of tokens at a time."""
+
+    def longest(self, tokens: int) -> int:
+        """The most tokens that a row of this batch has on any process: all are shown as many stretches."""
+        ...
+
+    def see(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> None:
+        """Reads a stretch, which begins with the last token of the one before.
+
+        Args:
+            logits: The student's, (N, t, V); t may be 0.
+            labels: (N, t); those of token t + 1 belong to the logits of token t.
+            teacher: Its logits, (N, t, W), where one was asked.
+        """
+
+
 class ChunkedLearner(Learner):
-    """A Learner of a causal language model that makes the logits of some tokens at a time, in training.
+    """A Learner of a causal language model that makes the logits of some tokens at a time.
 
     Loss, gradients and counts are the Learner's. Where the teacher's vocabulary is padded to another size, terms of
-    the evaluation loss see all of the student's logits, and the others those of the words both have. In training the
-    returned outputs hold the last token's logits only. Evaluation, where metrics read all logits, is the Learner's.
+    the evaluation loss see all of the student's logits, and the others those of the words both have. The returned
+    outputs hold the last token's logits only. An evaluation shows the logits to `observer` as they are made; without
+    one it makes them all, and returns them.
+
+    Attributes:
+        observer: Who reads the logits of an evaluation.
 
     Args:
         model: A transformers causal language model, plain or with adapters.
@@ -117,9 +138,10 @@ class ChunkedLearner(Learner):
         reach = {term.name: _reach(term, head.classes) for term in objectives}
         super().__init__(model, objectives, anatomy)
         self.chunk_tokens, self._head, self._reach = chunk_tokens, head, reach
+        self.observer: Observer | None = None
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
-        if not self.training:
+        if not self.training and (self.observer is None or batch.get("labels") is None):
             return super()._run(batch, progress, teacher)
         inputs = model_inputs(batch)
         with self._head.held() as held:
@@ -142,23 +164,33 @@ class ChunkedLearner(Learner):
     def _means(
         self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
     ) -> dict[str, Tensor]:
-        if not self.training or not terms:
+        if step.features is None or not (terms or self.observer):
             return super()._means(terms, step, counts, micro_batches)
-        assert step.features is not None
         rows, tokens = step.features.shape[:2]
         width = max(self.chunk_tokens // rows, 1)
         sums = step.features.new_zeros(len(terms), dtype=torch.float32)
+        more = 0  # stretches of other processes: asked before the first, as each of them is gathered
+        if self.observer is not None and not self.training:
+            more = math.ceil(self.observer.longest(tokens) / width) - math.ceil(tokens / width)
         for start in range(0, tokens, width):
             stop = min(start + width, tokens)
-            sums = sums + checkpoint(self._sums, terms, step, start, stop, use_reentrant=False)
+            if self.training:
+                sums = sums + checkpoint(self._sums, terms, step, start, stop, use_reentrant=False)
+            else:
+                sums = sums + self._sums(terms, step, start, stop)
+        if more:
+            self._show_nothing(step, more)
         return {term.name: over_items(sums[i], counts[term.name]) for i, term in enumerate(terms)}
 
     def _sums(self, terms: Sequence[Objective], step: Step, start: int, stop: int) -> Tensor:
         """(K,) sum of each term's values over the tokens from start to stop."""
-        ahead = max(self._reach[term.name] for term in terms)
+        watched = not self.training
+        ahead = max([self._reach[term.name] for term in terms] + [int(watched)])
         chunk = _tokens(step, slice(start, stop + ahead))
         assert chunk.features is not None
         logits, teacher = wide(self._head(chunk.features)), _answer(chunk.teacher)
+        if watched and self.observer is not None and chunk.labels is not None:
+            self.observer.see(logits, chunk.labels, None if teacher is None else teacher.logits)
         shared = logits
         if teacher is not None:
             shared, teacher = _shared_words(logits, teacher)
@@ -167,7 +199,15 @@ class ChunkedLearner(Learner):
             seen = logits if term.in_evaluation else shared
             part = replace(chunk, logits=seen, features=None, teacher=teacher)
             sums.append(wide(term(_tokens(part, slice(0, stop - start + self._reach[term.name])))).sum())
-        return torch.stack(sums)
+        return torch.stack(sums) if sums else logits.new_zeros(0)
+
+    def _show_nothing(self, step: Step, times: int) -> None:
+        """Stretches without a token, where other processes have longer rows to show."""
+        nothing = _tokens(step, slice(0, 0))
+        assert self.observer is not None and nothing.features is not None and nothing.labels is not None
+        logits, teacher = wide(self._head(nothing.features)), _answer(nothing.teacher)
+        for _ in range(times):
+            self.observer.see(logits, nothing.labels, None if teacher is None else teacher.logits)
 
 
 def _tokens(step: Step, tokens: slice) -> Step:

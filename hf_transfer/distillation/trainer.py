@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..errors import TransferError
-from ..objective import TEACHER_PREFIX, Learner, Objective, model_inputs
+from ..objective import TEACHER_PREFIX, UNLABELLED, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
 from ..trainer import TransferTrainer
@@ -43,6 +44,7 @@ from .teacher import Teacher, as_teacher, backbone_of
 from .teacher_inputs import TeacherInputRows
 
 if TYPE_CHECKING:
+    from .chunked import ChunkedLearner
     from .signal import TeacherSignal
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class DistillationTrainer(TransferTrainer):
         self.teacher: Teacher
         self.training_teacher: Teacher
         self._scoring_teacher: Teacher | None = None  # None where only a cache of training rows answers
+        self._chunks: ChunkedLearner | None = None
+        self._chunked_teacher: Teacher | None = None
         self._scored: Any = None  # the dataset whose rows it remembers
         self._fidelity: Fidelity | None = None
         super().__init__(
@@ -130,14 +134,17 @@ class DistillationTrainer(TransferTrainer):
         from .chunked import ChunkedLearner, ChunkedTeacher
 
         if isinstance(self.teacher, NetworkTeacher):
-            self.training_teacher = ChunkedTeacher(cast(Any, self.teacher))
+            self.training_teacher = self._chunked_teacher = ChunkedTeacher(cast(Any, self.teacher))
         elif not isinstance(self.teacher, CachedTeacher) and self.args.teacher_cache != "always":
             raise TransferError(
                 f"chunk_tokens={self.args.chunk_tokens} needs one network as a teacher, or a cache of it, and "
                 f"{type(self.teacher).__name__} is neither: leave chunk_tokens out, or cache its answers, "
                 "teacher_cache='always'."
             )
-        return ChunkedLearner(self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens)
+        self._chunks = ChunkedLearner(
+            self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens
+        )
+        return self._chunks
 
     def _connect_terms(self) -> None:
         terms = [term for term in self.objectives if isinstance(term, FeatureTerm)]
@@ -319,26 +326,67 @@ class DistillationTrainer(TransferTrainer):
     @torch.no_grad()
     def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
         """Compares student and teacher on a batch of an evaluation, all processes' rows once."""
-        if self._scoring_teacher is None:
+        if self._scoring_teacher is None or self._in_stretches(inputs):
             return
         if self._scored is not self.evaluated:  # two datasets may number their rows alike
             self._scored, self._scoring_teacher = self.evaluated, RememberingTeacher(self.teacher)
-        if self._fidelity is None:
-            self._fidelity = Fidelity(regression=self.student.task == "regression")
         said = self._scoring_teacher(inputs).logits
         assert said is not None  # a live teacher gives all logits
-        seen: list[Tensor | None] = [logits, said, inputs.get("labels")]
+        self._compare(*self._everywhere(logits, said, inputs.get("labels")))
+
+    def _compare(self, logits: Tensor, said: Tensor, labels: Tensor | None) -> None:
+        if self._fidelity is None:
+            self._fidelity = Fidelity(regression=self.student.task == "regression")
         if self.student.task == "causal-lm":  # token t's logits are for token t + 1; vocabularies may be padded
             words = min(logits.shape[-1], said.shape[-1])
-            seen = [logits[:, :-1, :words], said[:, :-1, :words], inputs["labels"][:, 1:]]
-        if self.args.world_size > 1:  # as the Trainer does: the rows that fill up the last batch are dropped
-            seen = [None if x is None else self._gathered(x, -100 if x is seen[2] else 0) for x in seen]
-        self._fidelity.update(*cast(Any, seen))
+            logits, said = logits[:, :-1, :words], said[:, :-1, :words]
+            labels = None if labels is None else labels[:, 1:]
+        self._fidelity.update(logits, said, labels)
 
-    def _gathered(self, values: Tensor, filler: int) -> Tensor:
+    def _everywhere(self, logits: Tensor, said: Any, labels: Any) -> tuple[Tensor, Any, Any]:
+        """All processes' rows; as the Trainer does, without those that fill up the last batch."""
+        if self.args.world_size == 1:
+            return logits, said, labels
+        return self._gathered(logits, 0), self._gathered(said, 0), self._gathered(labels, UNLABELLED)
+
+    def _gathered(self, values: Tensor | None, filler: int) -> Any:
+        if values is None:
+            return None
         if values.dim() > 1 and self.student.task in ("token-classification", "causal-lm"):
             values = self.accelerator.pad_across_processes(values, dim=1, pad_index=filler)
         return self.accelerator.gather_for_metrics(values)
+
+    # ---- language models, a stretch of tokens at a time -------------------------------------------------------------
+
+    def _in_stretches(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the logits of this evaluation batch are shown to `see` as they are made, and never all held."""
+        return self._chunks is not None and not self.predictions_kept and inputs.get("labels") is not None
+
+    def evaluation_signal(self, inputs: Mapping[str, Any]) -> TeacherSignal | None:
+        """What the teacher says of an evaluation batch, where its tokens are looked at a stretch at a time."""
+        stretches = self._in_stretches(inputs)
+        if self._chunks is not None:
+            self._chunks.observer = self if stretches else None
+        teacher = self._chunked_teacher or self._scoring_teacher
+        return teacher(inputs) if stretches and teacher is not None else None
+
+    def longest(self, tokens: int) -> int:
+        """The most tokens that a row of this batch has on any process."""
+        return int(self.accelerator.gather(torch.tensor([tokens], device=self.args.device)).max())
+
+    @torch.no_grad()
+    def see(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> None:
+        """Takes a stretch of tokens of an evaluation into fidelity and metrics (see chunked.Observer)."""
+        logits, teacher, labels = self._everywhere(logits, teacher, labels)
+        if teacher is not None:
+            self._compare(logits, teacher, labels)
+        if self.compute_metrics is not None:
+            cast(Any, self.compute_metrics)(EvalPrediction(logits, labels), compute_result=False)  # type: ignore[arg-type]
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; labels whose logits were shown to `see` are left out, but for the last token's."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss, logits, labels[:, -1:] if labels is not None and self._in_stretches(inputs) else labels
 
     def evaluation_metrics(self) -> dict[str, float]:
         """How near the student is to its teacher, on the rows of the last evaluation."""

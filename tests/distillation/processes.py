@@ -17,6 +17,7 @@ from hf_transfer._torchvision import make_torchvision_importable
 make_torchvision_importable()
 
 from datasets import Dataset  # noqa: E402
+from distillation.language_rows import language_trainer  # noqa: E402
 from invariants.test_resume import StopAt, tiny_bert  # noqa: E402
 
 from hf_transfer import Backbone, DistillationConfig, DistillationTrainer  # noqa: E402
@@ -69,6 +70,7 @@ def main() -> None:
         "rows": sorted(whole.training_teacher.cache.example_ids.tolist()),
         "files": sorted(path.name for path in (out / "whole" / "checkpoint-18").iterdir()),
         "model is the user's": whole.model is whole.student.model,
+        "language": language_trainer(out, chunk_tokens=8, per_device_eval_batch_size=4).evaluate(),
     }
     torch.save(result, out / f"{os.environ.get('RANK', 0)}.pt")
     if torch.distributed.is_initialized():

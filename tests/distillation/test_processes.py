@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from distillation.language_rows import language_trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -54,3 +55,10 @@ def test_neither_teacher_nor_terms_are_in_the_saved_model(ranks: Any) -> None:
         assert rank["model is the user's"]
     weights = [name for name in ranks[0]["files"] if name.endswith((".safetensors", ".bin"))]
     assert weights == ["model.safetensors", "training_args.bin"]
+
+
+def test_tokens_in_stretches_are_scored_as_on_one_process(ranks: Any, tmp_path: Path) -> None:
+    alone = language_trainer(tmp_path, per_device_eval_batch_size=4).evaluate()
+    for rank in ranks:
+        for name in ("eval_perplexity", "eval_accuracy", "eval_kl", "eval_agreement", "eval_teacher_nll"):
+            assert rank["language"][name] == pytest.approx(alone[name], rel=1e-5)
