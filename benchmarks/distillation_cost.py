@@ -9,13 +9,11 @@ with a warm cache, and with a live teacher. The forward passes of student and te
 same round: with them 1 + F_T / (3 F_S) is what a live teacher costs at least, a training step being three forward
 passes of the student. F_S is that of a training step, which makes a graph; F_T is in inference mode.
 
-That the work is equal is checked by the weights that the arms end with: see `measure`.
+That the work is equal is checked by the weights that the arms end with: see `measure_in`.
 """
 
-import argparse
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +27,10 @@ make_torchvision_importable()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from command import main  # noqa: E402
 from paired import SEED, Clock, Outcome, Same, UnequalWork, each_round, interleave, ratio  # noqa: E402
-from results import Judged, load, markdown, measured_on, save, shared  # noqa: E402
+from results import Judged, load, markdown, measured_on, shared  # noqa: E402
+from watch import Watch  # noqa: E402
 
 from hf_transfer import (  # noqa: E402
     Backbone,
@@ -83,28 +83,6 @@ class Case:
     teacher: Backbone
     rows: Any
     batch_size: int
-
-
-class Watch(transformers.TrainerCallback):
-    """Takes the time of an epoch, and of what train() did before it.
-
-    Attributes:
-        setup: From its making to the start of the epoch.
-        epoch: Of the epoch.
-    """
-
-    setup: Clock
-    epoch: Clock
-
-    def __init__(self) -> None:
-        self.start = Clock.now()
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begin = Clock.now()
-        self.setup = self.begin.since(self.start)
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.epoch = Clock.now().since(self.begin)
 
 
 # ---- the arms -----------------------------------------------------------------------------------------------------
@@ -186,7 +164,13 @@ def forward_times(case: Case, batches: Iterable[Mapping[str, Any]]) -> tuple[Clo
 # ---- rounds -------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Runs the arms of a case in a folder that is gone afterwards; see `measure_in`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_in(Path(folder), case, rounds)
+
+
+def measure_in(folder: Path, case: Case, rounds: int) -> dict[str, Any]:
     """Runs the arms of a case; gives each round's seconds, and that the arms did the same work.
 
     That is told by how far apart the weights are that they end with, in units of how far plain training moved them; 0
@@ -207,7 +191,7 @@ def measure(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
 
     def epoch(arm: str) -> Outcome:
         watch, end = train(arm, case, folder)
-        return Outcome(end, {"": watch.epoch, "setup": watch.setup})
+        return Outcome(end, {"": watch.epochs, "setup": watch.setup})
 
     def forward() -> Outcome:
         teacher, student = forward_times(case, batches)
@@ -339,36 +323,5 @@ def text(rows: int = 160, batch_size: int = 32) -> Case:
 CASES: dict[str, Callable[[], Case]] = {"image": image, "text": text}
 
 
-def run(cases: Mapping[str, Callable[[], Case]], rounds: int, path: Path = RESULTS) -> None:
-    """Measures cases and writes them into the file, beside those that are there.
-
-    Args:
-        cases: By name, what makes each; one whose data is missing says so and is left out.
-        rounds: That count.
-        path: The file.
-    """
-    for name, make in cases.items():
-        try:
-            case = make()
-        except FileNotFoundError as missing:
-            print(f"{name}: skipped, {missing}", file=sys.stderr)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            save(path, name, measure(case, rounds, Path(folder)))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the cases named on the command line, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args(argv)
-    transformers.set_seed(SEED)
-    names = CASES if "all" in given.cases else given.cases
-    run({name: CASES[name] for name in names}, given.rounds, given.results)
-    print("\n".join(table(given.results)))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table, RESULTS, ROUNDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import command
 import distillation_cost as cost
 import pytest
 import results
@@ -35,7 +36,7 @@ def test_a_round_on_tiny_inputs(tmp_path: Path) -> None:
         return cost.Case("tiny", *networks, rows.select(range(20)), 10)
 
     path = tmp_path / "cost.json"
-    cost.run({"tiny": case}, 1, path)
+    command.run({"tiny": case}, cost.measure, 1, path)
     found = results.load(path)["tiny"]
     assert found["steps"] == 2 and all(len(values) == 1 and values[0] > 0 for values in found["cpu"].values())
     assert found["checks"]["silent teacher, plain"] == found["checks"]["rounds"] == 0
@@ -46,7 +47,7 @@ def test_a_case_without_its_data_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(results, "SHARED", tmp_path / "nowhere")
-    cost.run({"image": cost.image}, 1, tmp_path / "cost.json")
+    command.run({"image": cost.image}, cost.measure, 1, tmp_path / "cost.json")
     assert "image: skipped, it needs" in capsys.readouterr().err
     assert cost.table(tmp_path / "cost.json") == []
 
