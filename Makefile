@@ -22,10 +22,10 @@ lint: $(INSTALLED)
 
 # Some hours on 2 CPU cores; needs the data and weights in ../shared.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/accuracy.py run
+	$(BIN)/python benchmarks/accuracy.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_cost.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probes.py
-	$(BIN)/python benchmarks/accuracy.py write
+	$(BIN)/python benchmarks/report.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,7 @@
-"""How well the recipes do on real data beside the project (../shared): runs them, writes docs/benchmarks.md.
+"""How well the recipes do on real data beside the project (../shared): runs them, keeps their results.
 
-    python benchmarks/accuracy.py run cifar_full cifar_lora        # some jobs; done ones are kept
-    python benchmarks/accuracy.py run                              # all: some hours on 2 CPU cores
-    python benchmarks/accuracy.py write                            # docs/benchmarks.md and benchmarks/accuracy.json
+    python benchmarks/accuracy.py cifar_full cifar_lora        # some jobs; those whose run folder is there are kept
+    python benchmarks/accuracy.py                              # all: some hours on 2 CPU cores
 
 A job is a recipe with its flags and seeds, run as a user would run it. The score is that of the last step on the test
 split, which nothing was selected on; hyper-parameters were settled on rows held out of train.
@@ -14,11 +13,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
-import distillation_cost
-import probes
+from results import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_suffix(".json")
 RUNS = ROOT / "runs" / "benchmarks"
 SHARED = "../shared"
 MOBILENET = f"{SHARED}/weights/mobilenetv2_100.coral_tf2_in1k"
@@ -111,28 +111,34 @@ ADAPT = f"recipes/adapt_digits.py --source {SHARED}/data/mnist --target {SHARED}
 
 
 def run(names: list[str]) -> None:
-    """Runs the jobs that have no result yet."""
+    """Runs the jobs that have no run folder yet, and keeps what each found beside what is in the file."""
     for name in names or [*JOBS, "adapt"]:
         if name == "adapt":
             if not (RUNS / "adapt" / "results.json").exists():
                 _call([*ADAPT.split(), "--output_dir", str(RUNS / "adapt")])
+            _keep(name, json.loads((RUNS / "adapt" / "results.json").read_text()))
             continue
         job = JOBS[name]
         if job.table == SPEECH and not (RUNS / "tiny_ast").exists():
             make_audio_model(RUNS / "tiny_ast")
-        for seed in job.seeds:
-            folder = RUNS / f"{name}-seed{seed}"
+        folders = [RUNS / f"{name}-seed{seed}" for seed in job.seeds]
+        for seed, folder in zip(job.seeds, folders, strict=True):
             if not (folder / "results.json").exists():
-                flags = [
-                    *job.flags.split(),
-                    "--seed",
-                    str(seed),
-                    "--output_dir",
-                    str(folder),
-                    "--disable_tqdm",
-                    "true",
-                ]
-                _call([f"recipes/{job.recipe}.py", *flags])
+                own = f"--seed {seed} --output_dir {folder} --disable_tqdm true"
+                _call([f"recipes/{job.recipe}.py", *job.flags.split(), *own.split()])
+        found = [json.loads((folder / "results.json").read_text()) for folder in folders]
+        scores = [facts["metrics"][job.split][job.metric] for facts in found]
+        command = f"python recipes/{job.recipe}.py {job.flags}"
+        _keep(name, {"scores": scores, "command": command, "runs": found})
+
+
+def measured() -> dict[str, Any]:
+    """What jobs found, by name; nothing where there is no file."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def _keep(name: str, found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps({**measured(), name: found}, indent=1, sort_keys=True) + "\n")
 
 
 def _call(arguments: list[str]) -> None:
@@ -154,59 +160,30 @@ def make_audio_model(folder: Path) -> None:
     ASTFeatureExtractor(max_length=96, num_mel_bins=64, sampling_rate=16000).save_pretrained(folder)
 
 
-def results(name: str) -> list[dict]:
-    """The results.json of each seed of a job that has run."""
-    paths = [RUNS / f"{name}-seed{seed}" / "results.json" for seed in JOBS[name].seeds]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-
-def write() -> None:
-    """Writes the tables from the results there are."""
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `python benchmarks/accuracy.py write` from the runs of `python benchmarks/accuracy.py run`, on 2",
-        "CPU cores, with the real data and weights that lie beside the project (`../shared`). Scores are percentages,",
-        "of the last step unless the table's title says otherwise; nothing was selected on the split that is shown.",
-        "CIFAR-10 is a lossy JPEG copy: published accuracies do not carry over to it. The seconds were taken on one",
-        "thread beside other work: they say what a run costs, and are no claim of speed.",
-    ]
-    summary: dict[str, dict] = {}
-    for table in dict.fromkeys(job.table for job in JOBS.values()):
-        rows = {name: found for name, job in JOBS.items() if job.table == table and (found := results(name))}
+def table() -> list[str]:
+    """The sections of docs/benchmarks.md, one a table."""
+    found = measured()
+    lines: list[str] = []
+    for title in dict.fromkeys(job.table for job in JOBS.values()):
+        rows = {name: found[name]["runs"] for name, job in JOBS.items() if job.table == title and name in found}
         if not rows:
             continue
         job = JOBS[next(iter(rows))]
-        lines += ["", f"## {table}", "", f"| tuning | {job.metric} | trained | of | learning rate | seconds | seeds |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for name, found in rows.items():
-            lines.append(_row(name, found))
-            summary[name] = {
-                "scores": [facts["metrics"][JOBS[name].split][JOBS[name].metric] for facts in found],
-                "command": f"python recipes/{JOBS[name].recipe}.py {JOBS[name].flags}",
-                "runs": found,
-            }
-        lines += [
-            "",
-            f"`python recipes/{job.recipe}.py {job.flags}` and the like. Selection: {found[0]['selection']}",
-        ]
-    adapt = RUNS / "adapt" / "results.json"
-    if adapt.exists():
-        summary["adapt"] = json.loads(adapt.read_text())
-        lines += _adaptation(summary["adapt"])
-    for ratios in (distillation_cost.table, probes.table):
-        lines += ["", *ratios()]
-    versions = next(facts["runs"][0]["versions"] for facts in summary.values() if "runs" in facts)
-    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n")
-    (ROOT / "benchmarks" / "accuracy.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        head = ["tuning", job.metric, "trained", "of", "learning rate", "seconds", "seeds"]
+        lines += ["", f"## {title}", "", *markdown(head, [_row(name, runs) for name, runs in rows.items()]), ""]
+        selection = list(rows.values())[-1][0]["selection"]
+        lines.append(f"`python recipes/{job.recipe}.py {job.flags}` and the like. Selection: {selection}")
+    if "adapt" in found:
+        lines += _adaptation(found["adapt"])
+    versions = next((facts["runs"][0]["versions"] for facts in found.values() if "runs" in facts), {})
+    return [*lines[1:], "", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
 
 
-def _row(name: str, found: list[dict]) -> str:
+def _row(name: str, found: list[dict]) -> list[str]:
     job, first = JOBS[name], found[0]
     scores = [100 * facts["metrics"][job.split][job.metric] for facts in found]
     spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-    cells = [
+    return [
         job.label,
         f"{mean(scores):.1f}{spread}",
         f"{first['trainable_parameters']:,}",
@@ -215,7 +192,6 @@ def _row(name: str, found: list[dict]) -> str:
         f"{mean(facts['seconds']['train'] for facts in found):.0f}",
         ", ".join(str(facts["seed"]) for facts in found),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _adaptation(found: dict) -> list[str]:
@@ -224,13 +200,13 @@ def _adaptation(found: dict) -> list[str]:
         f"## MNIST to USPS, a small CNN, {found['max_steps']} steps of 64 + 64 rows, last step, USPS test split",
         "",
     ]
-    lines += ["| method | accuracy | each seed |", "|---|---|---|"]
-    for method, scores in found["scores"].items():
-        each = ", ".join(f"{score:.1f}" for score in scores)
-        lines.append(f"| {method} | {mean(scores):.1f} ± {stdev(scores):.1f} | {each} |")
+    rows = [
+        (method, f"{mean(scores):.1f} ± {stdev(scores):.1f}", ", ".join(f"{score:.1f}" for score in scores))
+        for method, scores in found["scores"].items()
+    ]
+    lines += markdown(["method", "accuracy", "each seed"], rows)
     return [*lines, "", f"`python {ADAPT}`; no target label was used, in training or to choose anything."]
 
 
 if __name__ == "__main__":
-    command, *names = sys.argv[1:] or ["run"]
-    run(names) if command == "run" else write()
+    run(sys.argv[1:])

@@ -9,23 +9,14 @@ with a warm cache, and with a live teacher. The forward passes of student and te
 same round: with them 1 + F_T / (3 F_S) is what a live teacher costs at least, a training step being three forward
 passes of the student. F_S is that of a training step, which makes a graph; F_T is in inference mode.
 
-A figure is the median of the rounds' ratios, and the interval is that of the median by its order statistics. CPU time
-is of the whole process and disregards other work on the machine; wall time is beside it. That the work is equal is
-checked by results: see `Checks`.
+That the work is equal is checked by the weights that the arms end with: see `measure_in`.
 """
 
-import argparse
-import gc
-import json
-import platform
-import random
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import comb
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +27,10 @@ make_torchvision_importable()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from command import main  # noqa: E402
+from paired import SEED, Clock, Outcome, Same, UnequalWork, each_round, interleave, ratio  # noqa: E402
+from results import Judged, load, markdown, measured_on, shared  # noqa: E402
+from watch import Watch  # noqa: E402
 
 from hf_transfer import (  # noqa: E402
     Backbone,
@@ -51,17 +46,17 @@ from hf_transfer.data.replay import dataset_epoch  # noqa: E402
 from hf_transfer.data.transforms import prepare  # noqa: E402
 from hf_transfer.distillation.live import LiveTeacher  # noqa: E402
 from hf_transfer.distillation.student import carve  # noqa: E402
+from hf_transfer.evaluation.figure import Figure  # noqa: E402
 from hf_transfer.objective import CONTRACT_COLUMNS, model_inputs  # noqa: E402
 from hf_transfer.objectives import CrossEntropy, SoftTargets  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-RESULTS = ROOT / "benchmarks" / "distillation_cost.json"
-ROUNDS, WARM_UP, SEED = 9, 1, 0
+RESULTS = Path(__file__).with_suffix(".json")
+ROUNDS = 9
 ARMS = ("stock", "plain", "cached", "live")
+TARGET = 1.05
 ROWS = {
-    "cached / plain": ("warm cache / TransferTrainer", "<= 1.10"),
-    "cached / stock": ("warm cache / transformers.Trainer", "<= 1.10"),
+    "cached / plain": ("warm cache / TransferTrainer", f"<= {TARGET:g}"),
+    "cached / stock": ("warm cache / transformers.Trainer", ""),
     "plain / stock": ("TransferTrainer / transformers.Trainer", ""),
     "live / plain": ("live teacher / TransferTrainer", ""),
     "floor": ("floor of a live teacher", ""),
@@ -88,46 +83,6 @@ class Case:
     teacher: Backbone
     rows: Any
     batch_size: int
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds of CPU time of the process and of wall time."""
-
-    cpu: float
-    wall: float
-
-    @classmethod
-    def now(cls) -> "Clock":
-        return cls(time.process_time(), time.perf_counter())
-
-    def since(self, start: "Clock") -> "Clock":
-        return Clock(self.cpu - start.cpu, self.wall - start.wall)
-
-    def plus(self, other: "Clock") -> "Clock":
-        return Clock(self.cpu + other.cpu, self.wall + other.wall)
-
-
-class Watch(transformers.TrainerCallback):
-    """Takes the time of an epoch, and of what train() did before it.
-
-    Attributes:
-        setup: From its making to the start of the epoch.
-        epoch: Of the epoch.
-    """
-
-    setup: Clock
-    epoch: Clock
-
-    def __init__(self) -> None:
-        self.start = Clock.now()
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begin = Clock.now()
-        self.setup = self.begin.since(self.start)
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.epoch = Clock.now().since(self.begin)
 
 
 # ---- the arms -----------------------------------------------------------------------------------------------------
@@ -181,7 +136,6 @@ def train(arm: str, case: Case, folder: Path, **weights: float) -> tuple[Watch, 
     counter = dataset_epoch(case.rows)
     if counter is not None:
         counter.set(0)  # the stock Trainer leaves it where it is
-    gc.collect()
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()
@@ -210,68 +164,52 @@ def forward_times(case: Case, batches: Iterable[Mapping[str, Any]]) -> tuple[Clo
 # ---- rounds -------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
-    """Runs the arms of a case; gives each round's seconds, and the checks that the work was equal."""
-    order, arms = random.Random(SEED), [*ARMS, "forward"]
-    times: list[dict[str, Clock]] = []
-    ends: dict[str, torch.Tensor] = {}
-    apart = 0.0  # how far rounds of one arm end from each other
-    batches = list(trainer_of("plain", case, folder).get_train_dataloader())
-    train("cached", case, folder)  # writes the cache
-    for i in range(-WARM_UP, rounds):
-        order.shuffle(arms)
-        taken: dict[str, Clock] = {}
-        for arm in arms:
-            if arm == "forward":
-                taken["teacher forward"], taken["student forward"] = forward_times(case, batches)
-                continue
-            watch, end = train(arm, case, folder)
-            taken[arm], taken[f"{arm} setup"] = watch.epoch, watch.setup
-            apart = max(apart, float((end - ends.setdefault(arm, end)).norm()))
-        if i >= 0:
-            times.append(taken)
-        told = ", ".join(f"{name} {taken[name].cpu:.2f}" for name in sorted(taken))
-        print(f"{case.label}: round {i + 1} of {rounds}: {told}", file=sys.stderr, flush=True)
-    return {
-        "label": case.label,
-        "rows": len(case.rows),
-        "batch_size": case.batch_size,
-        "steps": len(batches),
-        "checks": checks(case, folder, ends, apart),
-        **{
-            kind: {name: [round(getattr(taken[name], kind), 4) for taken in times] for name in times[0]}
-            for kind in ("cpu", "wall")
-        },
-    }
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Runs the arms of a case in a folder that is gone afterwards; see `measure_in`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_in(Path(folder), case, rounds)
 
 
-def checks(case: Case, folder: Path, ends: Mapping[str, torch.Tensor], apart: float) -> dict[str, float]:
-    """That the arms did the same work, by how far apart the weights are that they end with.
+def measure_in(folder: Path, case: Case, rounds: int) -> dict[str, Any]:
+    """Runs the arms of a case; gives each round's seconds, and that the arms did the same work.
 
-    In units of how far plain training moved the weights; 0 is the same bit for bit. Plain training ends where the
-    stock Trainer does, and where distillation does whose teacher has weight 0. With a teacher the weights end
-    elsewhere, live or from a cache; between those two lies the rounding of the cache to half precision.
+    That is told by how far apart the weights are that they end with, in units of how far plain training moved them; 0
+    is the same bit for bit. Plain training ends where the stock Trainer does, and where distillation does with a
+    teacher of weight 0. With a teacher the weights end elsewhere, live or from a cache; between those two lies the
+    rounding of the cache to half precision.
 
     Raises:
-        SystemExit: If it is not so.
+        UnequalWork: If it is not so.
     """
-    silent = train("cached", case, folder, soft=0.0, hard=1.0)[1]
-    moved = float((ends["plain"] - flat(case.student.model)).norm())
+    batches = list(trainer_of("plain", case, folder).get_train_dataloader())
+    train("cached", case, folder)  # writes the cache
+    plain, silent = train("plain", case, folder)[1], train("cached", case, folder, soft=0.0, hard=1.0)[1]
+    moved = float((plain - flat(case.student.model)).norm())
 
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).norm()) / moved
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).norm()) / moved
 
-    found = {
-        "rounds": apart / moved,
-        "stock, plain": distance(ends["stock"], ends["plain"]),
-        "silent teacher, plain": distance(silent, ends["plain"]),
-        "live, cached": distance(ends["live"], ends["cached"]),
-        "cached, plain": distance(ends["cached"], ends["plain"]),
+    def epoch(arm: str) -> Outcome:
+        watch, end = train(arm, case, folder)
+        return Outcome(end, {"": watch.epochs, "setup": watch.setup})
+
+    def forward() -> Outcome:
+        teacher, student = forward_times(case, batches)
+        return Outcome(plain, {"teacher": teacher, "student": student})
+
+    found = interleave(
+        {**{arm: partial(epoch, arm) for arm in ARMS}, "forward": forward},
+        label=case.label, rounds=rounds, repeats=EQUAL, same=[Same("stock", "plain", EQUAL)], distance=distance,
+    )  # fmt: skip
+    teacher_s = {
+        "live, cached": distance(found.results["live"], found.results["cached"]),
+        "cached, plain": distance(found.results["cached"], plain),
     }
-    same = max(found["rounds"], found["stock, plain"], found["silent teacher, plain"])
-    if same > EQUAL or found["live, cached"] > 0.1 * found["cached, plain"]:
-        raise SystemExit(f"{case.label}: the arms did not do the work that they should have: {found}")
-    return found
+    found.apart.update(teacher_s, **{"silent teacher, plain": distance(silent, plain)})
+    if found.apart["silent teacher, plain"] > EQUAL or teacher_s["live, cached"] > 0.1 * teacher_s["cached, plain"]:
+        raise UnequalWork(f"{case.label}: the arms did not do the work that they should have: {found.apart}")
+    facts = {"label": case.label, "rows": len(case.rows), "batch_size": case.batch_size, "steps": len(batches)}
+    return {**facts, **found.facts()}
 
 
 def flat(model: Any) -> torch.Tensor:
@@ -280,27 +218,6 @@ def flat(model: Any) -> torch.Tensor:
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Figure:
-    """The median of the rounds' values, and an interval that holds it in at least 95 % of cases (from 6 rounds)."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Figure":
-        ranked = sorted(values)
-        n = len(ranked)
-        outside = max(
-            (k for k in range(n // 2) if 2 * sum(comb(n, j) for j in range(k + 1)) / 2**n <= 0.05), default=0
-        )
-        return cls(median(ranked), ranked[outside], ranked[-1 - outside])
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def figures(found: Mapping[str, Any], kind: str = "cpu") -> dict[str, Figure]:
@@ -314,45 +231,55 @@ def figures(found: Mapping[str, Any], kind: str = "cpu") -> dict[str, Figure]:
         By name (as in ROWS): ratios of epochs; the floor of a live teacher, and its epoch over the floor of its
         round; what it adds to a plain epoch, over its forward passes alone.
     """
-    seconds = found[kind]
-    rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
+    rounds = each_round(found, kind)
 
     def floor(each: Mapping[str, float]) -> float:
-        return 1 + each["teacher forward"] / (3 * each["student forward"])
+        return 1 + each["forward teacher"] / (3 * each["forward student"])
 
     return {
-        "cached / plain": Figure.of(each["cached"] / each["plain"] for each in rounds),
-        "cached / stock": Figure.of(each["cached"] / each["stock"] for each in rounds),
-        "plain / stock": Figure.of(each["plain"] / each["stock"] for each in rounds),
-        "live / plain": Figure.of(each["live"] / each["plain"] for each in rounds),
+        "cached / plain": ratio(found, "cached", "plain", kind),
+        "cached / stock": ratio(found, "cached", "stock", kind),
+        "plain / stock": ratio(found, "plain", "stock", kind),
+        "live / plain": ratio(found, "live", "plain", kind),
         "floor": Figure.of(map(floor, rounds)),
         "live / plain / floor": Figure.of(each["live"] / each["plain"] / floor(each) for each in rounds),
-        "(live - plain) / teacher": Figure.of((r["live"] - r["plain"]) / r["teacher forward"] for r in rounds),
+        "(live - plain) / teacher": Figure.of((r["live"] - r["plain"]) / r["forward teacher"] for r in rounds),
     }
+
+
+def judged(path: Path = RESULTS) -> list[Judged]:
+    """The lines of the table of targets."""
+    return [
+        Judged(
+            f"distillation epoch, warm cache: {found['label']}", "epoch of the student alone, TransferTrainer", "<=",
+            TARGET, figures(found)["cached / plain"],
+        )
+        for found in load(path).values()
+    ]  # fmt: skip
 
 
 def table(path: Path = RESULTS) -> list[str]:
     """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    if not path.is_file():
+    cases = load(path)
+    if not cases:
         return []
-    measured = json.loads(path.read_text())
-    lines = [
-        "## What a teacher costs: an epoch of distillation over one of plain training of the same student",
-        "",
-        "SoftTargets and cross-entropy, against cross-entropy alone; median of paired rounds with its 95 % interval.",
-        "Read the CPU time of the process: the wall time beside it is of a machine with other work. The floor of a",
-        "live teacher is 1 + F_T / (3 F_S), from forward times of teacher and student in each round.",
-        "",
-        "| student, teacher | epochs compared | target | CPU time | wall time | rounds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for found in measured["cases"].values():
+    rows = []
+    for found in cases.values():
         cpu, wall = figures(found), figures(found, "wall")
         for name, (title, target) in ROWS.items():
-            rounds = len(found["cpu"]["plain"])
-            lines.append(f"| {found['label']} | {title} | {target} | {cpu[name]} | {wall[name]} | {rounds} |")
-    lines += ["", *(_in_words(found) for found in measured["cases"].values())]
-    return [*lines, "", f"`python benchmarks/distillation_cost.py` on {measured['machine']}."]
+            rows.append((found["label"], title, target, cpu[name], wall[name], len(found["cpu"]["plain"])))
+    return [
+        "## What a teacher costs: an epoch of distillation over one of plain training of the same student",
+        "",
+        "SoftTargets and cross-entropy, against cross-entropy alone. The floor of a live teacher is",
+        "1 + F_T / (3 F_S), from forward times of teacher and student in each round.",
+        "",
+        *markdown(["student, teacher", "epochs compared", "target", "CPU time", "wall time", "rounds"], rows),
+        "",
+        *(_in_words(found) for found in cases.values()),
+        "",
+        f"`python benchmarks/distillation_cost.py` on {measured_on(cases.values())}.",
+    ]
 
 
 def _in_words(found: Mapping[str, Any]) -> str:
@@ -376,8 +303,8 @@ def _in_words(found: Mapping[str, Any]) -> str:
 
 def image(rows: int = 320, batch_size: int = 32) -> Case:
     """LCNet from random weights beside a MobileNetV2, at 96 px, on CIFAR-10 under light augmentation."""
-    data = load_data(_shared("data/cifar10"), max_train_samples=2 * rows)  # some are held out
-    teacher = load_backbone(_shared("weights/mobilenetv2_100.coral_tf2_in1k"), labels=data.labels, image_size=96)
+    data = load_data(shared("data/cifar10"), max_train_samples=2 * rows)  # some are held out
+    teacher = load_backbone(shared("weights/mobilenetv2_100.coral_tf2_in1k"), labels=data.labels, image_size=96)
     student = load_backbone("lcnet_050", labels=data.labels, pretrained=False, image_size=96)
     prepared = prepare(data.splits["train"], student, data.columns, train=True)
     label = "lcnet_050 beside mobilenetv2_100, 96 px, CIFAR-10"
@@ -386,8 +313,8 @@ def image(rows: int = 320, batch_size: int = 32) -> Case:
 
 def text(rows: int = 160, batch_size: int = 32) -> Case:
     """Three layers of MiniLM beside all six, on SST-2."""
-    data = load_data(_shared("data/sst2"), max_train_samples=2 * rows)
-    teacher = load_backbone(_shared("weights/all-MiniLM-L6-v2"), labels=data.labels)
+    data = load_data(shared("data/sst2"), max_train_samples=2 * rows)
+    teacher = load_backbone(shared("weights/all-MiniLM-L6-v2"), labels=data.labels)
     prepared = prepare(data.splits["train"], teacher, data.columns, train=True)
     label = "3 layers of MiniLM beside all 6, SST-2"
     return Case(label, carve(teacher, layers=3), teacher, prepared.select(range(rows)), batch_size)
@@ -396,49 +323,5 @@ def text(rows: int = 160, batch_size: int = 32) -> Case:
 CASES: dict[str, Callable[[], Case]] = {"image": image, "text": text}
 
 
-def _shared(name: str) -> str:
-    path = SHARED / name
-    if not path.exists():
-        raise FileNotFoundError(f"it needs {path}, which is not part of the project")
-    return str(path)
-
-
-def run(cases: Mapping[str, Callable[[], Case]], rounds: int, path: Path = RESULTS) -> None:
-    """Measures cases and writes them into the file, beside those that are there.
-
-    Args:
-        cases: By name, what makes each; one whose data is missing says so and is left out.
-        rounds: That count.
-        path: The file.
-    """
-    measured: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
-    for name, make in cases.items():
-        try:
-            case = make()
-        except FileNotFoundError as missing:
-            print(f"{name}: skipped, {missing}", file=sys.stderr)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            measured["cases"][name] = measure(case, rounds, Path(folder))
-        measured["machine"] = (
-            f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}"
-        )
-        path.write_text(json.dumps(measured, indent=1) + "\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the cases named on the command line, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args(argv)
-    transformers.set_seed(SEED)
-    names = CASES if "all" in given.cases else given.cases
-    run({name: CASES[name] for name in names}, given.rounds, given.results)
-    print("\n".join(table(given.results)))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table, RESULTS, ROUNDS)

@@ -6,38 +6,32 @@
 Three arms run once a round in one process, in an order drawn anew each round: `one`, one probe by fit_probes;
 `sixteen`, 16 of them at once; and `loop`, one probe as one would write it: nn.Linear, autograd, torch.optim.SGD with a
 cosine schedule, on features standardised before. Features and labels are noise, which no arm learns so well that it
-would compute with denormal numbers; fit_probes avoids them. A figure is the median of the rounds' ratios of CPU time,
-and the interval is that of the median by its order statistics.
+would compute with denormal numbers; fit_probes avoids them.
 
 That the work is equal is checked by results, in float64: each of the sixteen is the probe that was trained apart, and
 the loop's probe is that of `one`.
 """
 
 import argparse
-import json
-import platform
-import random
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from paired import SEED, UnequalWork, interleave, ratio, timed
+from results import Judged, load, markdown, measured_on, save
 from torch import Tensor, nn
 
 from hf_transfer.frozen import linear_probes
 from hf_transfer.frozen.linear_probes import GRID, Setting, fit_probes
 
 RESULTS = Path(__file__).with_suffix(".json")
-ROUNDS, WARM_UP, SEED, BATCH = 15, 2, 0, 256
+ROUNDS, WARM_UP, BATCH, TARGET = 15, 2, 256, 4.0
 CASES = {"MiniLM, 2 classes": (384, 2), "MiniLM, 10 classes": (384, 10), "MobileNetV2, 10 classes": (1280, 10)}
 ROWS = {  # ratio -> what it is, target
-    "sixteen / loop": ("16 probes at once / one probe, bare loop", "<= 4"),
-    "sixteen / one": ("16 probes at once / one probe by the same code", "<= 4"),
+    "sixteen / loop": ("16 probes at once / one probe, bare loop", f"<= {TARGET:g}"),
+    "sixteen / one": ("16 probes at once / one probe by the same code", ""),
     "one / loop": ("one probe / one probe, bare loop", ""),
 }
 
@@ -103,58 +97,48 @@ def check(width: int, classes: int) -> float:
     """The largest difference between weights that should be equal, in float64.
 
     Raises:
-        SystemExit: If it is above 1e-9.
+        UnequalWork: If it is above 1e-9.
     """
     case = Case.drawn(width, classes, rows=600, steps=20, dtype=torch.float64)
     together, one = case.fitted(GRID), case.fitted([CHOSEN])[0]
     apart = torch.cat([case.fitted([setting]) for setting in GRID])
     found = max(float((a - b).abs().max()) for a, b in ((together, apart), (case.looped(CHOSEN), one)))
     if not found <= 1e-9:
-        raise SystemExit(f"{width} features, {classes} classes: the arms end {found} apart")
+        raise UnequalWork(f"{width} features, {classes} classes: the arms end {found} apart")
     return found
 
 
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time by arm, one a round."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    order = random.Random(SEED)
-    for round_ in range(-WARM_UP, rounds):
-        for arm in order.sample(list(ARMS), len(ARMS)):
-            start = time.process_time()
-            ARMS[arm](case)
-            if round_ >= 0:
-                seconds[arm].append(time.process_time() - start)
-    return seconds
+def measure(case: Case, rounds: int, label: str) -> dict[str, Any]:
+    """Times the arms of a case."""
+    arms = {name: timed(lambda work=work: work(case)) for name, work in ARMS.items()}
+    return interleave(arms, label=label, rounds=rounds, warm_up=WARM_UP).facts()
 
 
-def figure(ratios: Iterable[float]) -> tuple[float, float, float]:
-    """The median, and an interval that holds it in at least 95 % of cases (from 6 rounds)."""
-    ranked = sorted(ratios)
-    n = len(ranked)
-    outside = max((k for k in range(n // 2) if 2 * sum(comb(n, j) for j in range(k + 1)) / 2**n <= 0.05), default=0)
-    return median(ranked), ranked[outside], ranked[-1 - outside]
+def judged(path: Path = RESULTS) -> list[Judged]:
+    """The lines of the table of targets."""
+    return [
+        Judged(f"16 probes at once: {name}", "one probe, bare loop", "<=", TARGET, ratio(found, "sixteen", "loop"))
+        for name, found in load(path).items()
+    ]
 
 
 def table(path: Path = RESULTS) -> list[str]:
     """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    if not path.is_file():
+    cases = load(path)
+    if not cases:
         return []
-    measured = json.loads(path.read_text())
-    lines = [
+    rows = [
+        (name, title, target, ratio(found, *name_of.split(" / ")), len(found["cpu"]["one"]))
+        for name, found in cases.items()
+        for name_of, (title, target) in ROWS.items()
+    ]
+    return [
         "## Sixteen linear probes at once",
         "",
-        "CPU time; median of paired rounds with its 95 % interval.",
+        *markdown(["features", "ratio", "target", "CPU time", "rounds"], rows),
         "",
-        "| features | ratio | target | CPU time | rounds |",
-        "|---|---|---|---|---|",
+        f"`python benchmarks/probes.py` on {measured_on(cases.values())}.",
     ]
-    for name, found in measured["cases"].items():
-        for ratio, (title, target) in ROWS.items():
-            over, under = (found["seconds"][arm] for arm in ratio.split(" / "))
-            value, low, high = figure(a / b for a, b in zip(over, under, strict=True))
-            cells = (name, title, target, f"{value:.2f} [{low:.2f}, {high:.2f}]", str(len(over)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", f"`python benchmarks/probes.py` on {measured['machine']}."]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,19 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
-    measured: dict[str, Any] = {"cases": {}}
     for name, (width, classes) in CASES.items():
         apart = check(width, classes)
-        print(f"{name}: arms end {apart:.1e} apart in float64", file=sys.stderr)
         case = Case.drawn(width, classes, given.rows, given.steps)
-        measured["cases"][name] = {
-            "features": width, "classes": classes, "rows": given.rows, "steps": given.steps, "apart": apart,
-            "seconds": {arm: [round(s, 5) for s in values] for arm, values in measure(case, given.rounds).items()},
-        }  # fmt: skip
-    measured["machine"] = (
-        f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}"
-    )
-    given.results.write_text(json.dumps(measured, indent=1) + "\n")
+        facts = {"features": width, "classes": classes, "rows": given.rows, "steps": given.steps, "apart": apart}
+        save(given.results, name, {**facts, **measure(case, given.rounds, name)})
     print("\n".join(table(given.results)))
 
 

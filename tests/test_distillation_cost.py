@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command
+import distillation_cost as cost
 import pytest
+import results
 import tiny_runs as tiny
 import torch
 
 from hf_transfer import load_backbone, load_data
 from hf_transfer.data.transforms import prepare
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "distillation_cost.py"
 CLASSES = ["0", "1", "2"]
 
 
-@pytest.fixture(scope="module")
-def cost() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[SCRIPT.stem]
-
-
 @pytest.fixture
-def measured(cost: Any) -> dict[str, Any]:
+def measured() -> dict[str, Any]:
     if not cost.RESULTS.is_file():
         pytest.skip(f"{cost.RESULTS.name} was not written; python benchmarks/distillation_cost.py")
-    return json.loads(cost.RESULTS.read_text())["cases"]
+    return results.load(cost.RESULTS)
 
 
-def test_a_round_on_tiny_inputs(cost: Any, tmp_path: Path) -> None:
+def test_a_round_on_tiny_inputs(tmp_path: Path) -> None:
     def case() -> Any:
         data = load_data(tiny.digits(train=30, classes=CLASSES), seed=0)
         networks = []
@@ -49,42 +36,37 @@ def test_a_round_on_tiny_inputs(cost: Any, tmp_path: Path) -> None:
         return cost.Case("tiny", *networks, rows.select(range(20)), 10)
 
     path = tmp_path / "cost.json"
-    cost.run({"tiny": case}, 1, path)
-    found = json.loads(path.read_text())["cases"]["tiny"]
+    command.run({"tiny": case}, cost.measure, 1, path)
+    found = results.load(path)["tiny"]
     assert found["steps"] == 2 and all(len(values) == 1 and values[0] > 0 for values in found["cpu"].values())
     assert found["checks"]["silent teacher, plain"] == found["checks"]["rounds"] == 0
     assert sum(line.startswith("| tiny |") for line in cost.table(path)) == len(cost.ROWS)
 
 
 def test_a_case_without_its_data_is_left_out(
-    cost: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cost, "SHARED", tmp_path / "nowhere")
-    cost.run({"image": cost.image}, 1, tmp_path / "cost.json")
+    monkeypatch.setattr(results, "SHARED", tmp_path / "nowhere")
+    command.run({"image": cost.image}, cost.measure, 1, tmp_path / "cost.json")
     assert "image: skipped, it needs" in capsys.readouterr().err
     assert cost.table(tmp_path / "cost.json") == []
 
 
-def test_a_figure_is_the_median_and_its_interval(cost: Any) -> None:
-    assert cost.Figure.of([float(i) for i in range(15, 0, -1)]) == cost.Figure(8.0, 4.0, 12.0)  # 3 of 15 beyond: 3.5 %
-    assert cost.Figure.of([3.0, 1.0]) == cost.Figure(2.0, 1.0, 3.0)
-
-
-def test_a_live_teacher_is_compared_with_the_floor_of_its_round(cost: Any) -> None:
+def test_a_live_teacher_is_compared_with_the_floor_of_its_round() -> None:
     seconds = {
         "plain": [2.0, 4.0], "cached": [2.0, 4.0], "stock": [2.0, 4.0], "live": [4.0, 8.0],
-        "teacher forward": [3.0, 6.0], "student forward": [1.0, 2.0],
+        "forward teacher": [3.0, 6.0], "forward student": [1.0, 2.0],
     }  # fmt: skip
     found = cost.figures({"cpu": seconds})
     assert found["floor"].value == 2.0 and found["live / plain / floor"].value == 1.0
 
 
 @pytest.mark.parametrize("case", ["image", "text"])
-def test_a_warm_cache_costs_nearly_nothing(cost: Any, measured: dict[str, Any], case: str) -> None:
+def test_a_warm_cache_costs_nearly_nothing(measured: dict[str, Any], case: str) -> None:
     found = cost.figures(measured[case])
     assert found["cached / plain"].high <= 1.10 and found["cached / stock"].high <= 1.10
 
 
 @pytest.mark.parametrize("case", ["image", "text"])
-def test_a_live_teacher_costs_its_forward_pass(cost: Any, measured: dict[str, Any], case: str) -> None:
+def test_a_live_teacher_costs_its_forward_pass(measured: dict[str, Any], case: str) -> None:
     assert cost.figures(measured[case])["live / plain / floor"].value <= 1.10

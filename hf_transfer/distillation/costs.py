@@ -6,10 +6,8 @@ latency_ratio(student, batch, teacher, batch)          # LatencyRatio(ratio=0.21
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError
+from ..evaluation.figure import MIN_VALUES, Figure
 from ..objective import model_inputs
 
 Inputs = Tensor | Mapping[str, Any]
 WARM_UP = 3
-MIN_ROUNDS = 6  # the fewest whose smallest and largest value enclose the median in 95 % of cases
 
 
 class LatencyRatio(NamedTuple):
@@ -81,8 +79,8 @@ def latency_ratio(
     Raises:
         TransferError: `rounds` < 6, which give no 95 % interval.
     """
-    if rounds < MIN_ROUNDS:
-        raise TransferError(f"rounds={rounds} is not valid: an interval needs at least {MIN_ROUNDS}, better 20.")
+    if rounds < MIN_VALUES:
+        raise TransferError(f"rounds={rounds} is not valid: an interval needs at least {MIN_VALUES}, better 20.")
     with _inference(student), _inference(teacher):
         runs = [(student, student_inputs), (teacher, teacher_inputs)]
         ratios = []
@@ -91,9 +89,7 @@ def latency_ratio(
             seconds = {which: _seconds(*runs[which]) for which in order}
             if i >= 0:
                 ratios.append(seconds[0] / seconds[1])
-    ratios.sort()
-    outside = _ranks_outside(rounds)
-    return LatencyRatio(median(ratios), ratios[outside], ratios[-1 - outside])
+    return LatencyRatio(*Figure.of(ratios))
 
 
 def _seconds(model: nn.Module, inputs: Inputs) -> float:
@@ -107,15 +103,6 @@ def _seconds(model: nn.Module, inputs: Inputs) -> float:
     for device in devices:
         torch.accelerator.synchronize(device)
     return perf_counter() - start
-
-
-def _ranks_outside(n: int) -> int:
-    """How many of n sorted values lie below the 95 % interval of their median, and as many above it."""
-    below, outside = 0.0, -1
-    while 2 * (below + math.comb(n, outside + 1) / 2**n) <= 0.05:
-        outside += 1
-        below += math.comb(n, outside) / 2**n
-    return outside
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:
