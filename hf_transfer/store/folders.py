@@ -83,6 +83,26 @@ def caches_in(roots: Sequence[Path]) -> list[Found]:
     return sorted(found, key=lambda cache: -cache.used)
 
 
+def chosen(caches: Sequence[Found], names: Sequence[str], *, all_of_them: bool) -> list[Found]:
+    """The caches that are named.
+
+    Args:
+        caches: What there is.
+        names: Of their folders.
+        all_of_them: Whether no name means all of them.
+
+    Raises:
+        TransferError: If there is none of a name, or no name.
+    """
+    known = {cache.folder.name: cache for cache in caches}
+    listed = ", ".join(known) or "none"
+    if not names and not all_of_them:
+        raise TransferError(f"--remove names no cache. Give names, or --older-than DAYS. There are: {listed}.")
+    if unknown := [name for name in names if name not in known]:
+        raise TransferError(f"There is no cache named {', '.join(unknown)}. There are: {listed}.")
+    return [known[name] for name in names] if names else list(caches)
+
+
 def remove(cache: Found) -> None:
     """Removes a cache, and its folder if nothing else is in it.
 

@@ -169,6 +169,33 @@ def test_costs_are_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert float(found[2]) > 0
 
 
+def test_measured_batches_are_not_computed_again(tmp_path: Path) -> None:
+    """cache="auto" computes each row once, those by which it decides among them."""
+    data = tiny_runs.digits(40, 20)
+    backbone = load_backbone(tiny_runs.image_backbone(tmp_path / "start"), labels=[str(i) for i in range(10)])
+    rows = calls_of(backbone.model, "timm_model.layer4")
+    options = {**QUICK, "augment": "none", "num_train_epochs": 20, "tuning": "linear_probe", "eval_strategy": "no"}
+    options |= {"per_device_train_batch_size": 4, "logging_steps": 1000}
+    result = finetune(backbone, data, output_dir=tmp_path / "run", cache_dir=str(tmp_path / "caches"), **options)
+    assert "cache" in result.facts
+    counts = result.facts["counts"]
+    final = counts["validation"] + counts["test"]
+    assert sum(rows) - final - counts["train"] <= 7 * 4  # looking for the cut
+
+
+def test_auto_caches_the_views_that_are_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, data, _ = start("test_resnet", tmp_path / "start")
+    options = {"tuning": "linear_probe", "num_train_epochs": 20, "augment": "light", "cache_views": 3}
+    with caplog.at_level(logging.INFO, logger="hf_transfer.frozen.choice"):
+        cached = run(folder, "run", data, eval_strategy="no", logging_steps=500, **options)
+    assert re.search(
+        r"before timm_model.fc, 96 numbers a row: 36 rows x 3 view\(s\) x 392 bytes, .* MiB free", caplog.text
+    )
+    assert "Frozen layers are computed once: loading takes" in caplog.text
+    assert cached.facts["cache"].startswith("before timm_model.fc")
+    assert [path.name.split("-")[3] for path in (tmp_path / "caches").iterdir()] == ["3"]
+
+
 class Foreign(Objective):
     """A term of the user's own."""
 

@@ -100,7 +100,7 @@ def test_written_once_and_refused_where_it_is_of_something_else(tmp_path: Path) 
         write_prefix_cache(tmp_path / "c", KEY, prefix.computed, dtype="bfloat16")
     with pytest.raises(TransferError, match=r"float64.*one of float32, bfloat16, float16"):
         write_prefix_cache(tmp_path / "d", KEY, prefix.computed, dtype="float64")
-    with pytest.raises(TransferError, match="The frozen layers' values reach 4.*float16 cannot hold"):
+    with pytest.raises(TransferError, match=r"The frozen layers' values reach 4.*float16 cannot hold"):
         large = ((batch, 1e6 * value) for batch, value in prefix.computed(0, np.empty(0)))
         write_prefix_cache(tmp_path / "e", KEY, lambda view, there: large, dtype="float16")
 
@@ -118,7 +118,7 @@ def test_an_interrupted_one_is_not_read_and_goes_on(text: bool, rows_before: int
 
     with pytest.raises(KeyboardInterrupt):
         write_prefix_cache(tmp_path / "c", KEY, interrupted)
-    with pytest.raises(IncompleteCache, match="The prefix cache in .* is incomplete.*what is whole is kept"):
+    with pytest.raises(IncompleteCache, match=r"The prefix cache in .* is incomplete.*what is whole is kept"):
         PrefixCache.open(tmp_path / "c", KEY)
     prefix.rows = 0
     cache = write_prefix_cache(tmp_path / "c", KEY, lambda view, there: prefix.computed(view, there, text))
