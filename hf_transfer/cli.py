@@ -1,10 +1,11 @@
-"""The command `hf-transfer`: rank backbones, fine-tune or distil by flags, upload a run folder, show its results.
+"""The command `hf-transfer`: rank backbones, fine-tune or distil by flags, upload a run folder, show results and caches.
 
     hf-transfer probe --models timm/resnet18.a1_in1k timm/vit_tiny_patch16_224.augreg_in21k --dataset uoft-cs/cifar10
     hf-transfer finetune --model timm/resnet18.a1_in1k --dataset uoft-cs/cifar10 --tuning lora --output_dir runs/lora
     hf-transfer distill --teacher runs/lora --model mobilenetv3_small_050 --dataset uoft-cs/cifar10
     hf-transfer report runs/lora
     hf-transfer push runs/lora me/resnet18-cifar10
+    hf-transfer cache --older-than 30
 
 On several devices: accelerate launch -m hf_transfer.cli finetune --config run.yaml
 """
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action=argparse.BooleanOptionalAction, help="of a new repository")
     push.add_argument("--revision", help="branch to upload to; the main one by default")
     push.set_defaults(command=_push)
+
+    cache = commands.add_parser("cache", help="list what is cached on this disk, or remove some of it")
+    cache.add_argument("--folder", type=Path, help="where caches lie; by default where runs put them")
+    cache.add_argument("--older-than", type=float, metavar="DAYS", help="only those not used for so long")
+    cache.add_argument("--remove", nargs="*", metavar="NAME", help="remove these; without a name all of --older-than")
+    cache.set_defaults(command=_cache)
     return parser
 
 
@@ -133,6 +140,38 @@ def _push(options: argparse.Namespace) -> None:
     from hf_transfer.hub.push import push
 
     print(push(options.folder, options.repo_id, private=options.private, revision=options.revision))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from hf_transfer.store import folders
+
+    roots = [folders.default_home(home) for home in folders.HOMES] if options.folder is None else [options.folder]
+    found = folders.caches_in(roots)
+    if options.older_than is not None:
+        found = [cache for cache in found if cache.days > options.older_than]
+    if options.remove is None:
+        print(cache_table(found))
+        return
+    for cache in folders.chosen(found, options.remove, all_of_them=options.older_than is not None):
+        folders.remove(cache)
+        print(f"removed {cache.folder}: {cache.size / 2**20:,.1f} MiB")
+
+
+def cache_table(caches: Sequence[Any]) -> str:
+    """Caches, a line each: name, kind, size, when it was last used, of what.
+
+    Args:
+        caches: What `store.folders.caches_in` found.
+    """
+    if not caches:
+        return "no caches"
+    rows = [["name", "kind", "MiB", "last used", "of"]]
+    for cache in caches:
+        kind = cache.kind if cache.complete else f"{cache.kind}, incomplete"
+        rows.append([cache.folder.name, kind, f"{cache.size / 2**20:,.1f}", f"{cache.days:.1f} days ago", cache.about])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"{sum(cache.size for cache in caches) / 2**20:,.1f} MiB in all"])
 
 
 def results_table(folder: Path) -> str:

@@ -7,11 +7,12 @@ e % V. So the answers are right for augmented rows too, which matters: a teacher
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +20,54 @@ from torch import Tensor
 
 from ..data.columns import EXAMPLE_ID
 from ..errors import TransferError
-from . import cache_files as files
+from ..store.key import CacheKey as CacheKey
+from ..store.key import IncompleteCache as IncompleteCache
+from ..store.key import Kind
+from ..store.manifest import Contents, Manifest
+from ..store.reading import RowCache
+from ..store.writing import Entries, example_ids, write
 from .base import Teacher
-from .cache_files import CacheKey as CacheKey
-from .cache_files import IncompleteCache as IncompleteCache
-from .cache_reading import TeacherCache as TeacherCache
 from .cache_records import Kept
 
 if TYPE_CHECKING:
     from .signal import TeacherSignal
 
 Batch = Mapping[str, Tensor]
-T = TypeVar("T")
+KIND = Kind("teacher cache", source="teacher", instead="use the teacher live")
+
+
+class TeacherCache(RowCache):
+    """A complete cache of a teacher's answers, memory-mapped. Made by `open` and `write_cache`.
+
+    Attributes:
+        kept: What of the answers is kept.
+        classes: C; None where no logits are kept.
+    """
+
+    kind = KIND
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(folder, manifest)
+        kept = dict(manifest.contents.kept)
+        self.kept = Kept(**{**kept, "temperatures": tuple(kept["temperatures"])})
+        self.classes: int | None = manifest.facts["classes"]
+
+    def signal(self, example_id: Tensor, view: int, attention_mask: Tensor | None = None) -> TeacherSignal:
+        """The teacher's answers to some rows.
+
+        Args:
+            example_id: (N,) integers, in any order.
+            view: In [0, views).
+            attention_mask: (N, T), where answers are a token's: where the tokens of each row are.
+
+        Returns:
+            The signal on the CPU, as it was kept (float16 by default); 0 at tokens that are not attended.
+
+        Raises:
+            TransferError: If a row or view is not in the cache, or a row has another number of tokens there.
+        """
+        arrays, mask = self.arrays(example_id, view, attention_mask)
+        return self.kept.signal(arrays, mask, self.classes)
 
 
 def write_cache(
@@ -43,6 +80,7 @@ def write_cache(
     temperatures: Sequence[float] = (1.0,),
     dtype: torch.dtype = torch.float16,
     features: bool = False,
+    about: str = "",
     rank: int = 0,
     world_size: int = 1,
     wait: Callable[[], None] | None = None,
@@ -50,8 +88,8 @@ def write_cache(
     """Writes the teacher's answers to every view of every row; opens the cache instead where it is there already.
 
     Called by all processes at once. Each writes what it was given; the cache counts as complete only once all have
-    written all. What an interrupted run left is replaced. Two runs should not write to one folder at once: one of
-    them may then fail, and what is complete is still right.
+    written all. An interrupted writing goes on: the teacher is asked about batches that hold a new row. A second run
+    that is to write the same cache waits for the first.
 
     Args:
         folder: On a file system that all processes share; made where it does not exist.
@@ -63,6 +101,7 @@ def write_cache(
         temperatures: With top_k: those at which terms will ask.
         dtype: Of logits and features: torch.float16 or torch.float32.
         features: Keep the input of the teacher's classifier too.
+        about: For people: of which teacher and rows.
         rank: Of this process, in [0, world_size).
         world_size: Number of processes.
         wait: Returns once all processes have called it, e.g. `torch.distributed.barrier`; one process needs none.
@@ -71,90 +110,33 @@ def write_cache(
         TransferError: If the folder holds a cache of another key or other contents, no space is left, the teacher's
             answers cannot be kept, or another process failed. The folder then holds no complete cache.
     """
-    path, kept = Path(folder).expanduser(), Kept.of(top_k, tuple(temperatures), dtype, features)
-    if not 0 <= rank < world_size or (world_size > 1 and wait is None):
-        raise TransferError(
-            f"rank={rank}, world_size={world_size}, wait={wait}: rank must be in [0, world_size), and several "
-            "processes need a barrier to wait at, e.g. wait=torch.distributed.barrier."
-        )
-    found = _together(lambda: _existing(path, key, kept), wait)  # nothing is changed before all have looked
-    if found is not None:
-        return found
-    first = rank == 0
-    _together(lambda: files.clear(path) if first else None, wait)
-    _together(lambda: _write_shard(path, key, kept, teacher, batches, rank), wait)
-    missing = files.missing_shards(path, world_size)
-    if missing:  # seen by all alike, so that none waits
-        raise TransferError(
-            f"The teacher cache in {str(path)!r} is incomplete: processes {missing} of {world_size} wrote nothing. "
-            "See their errors; all processes must share the folder."
-        )
-    _together(lambda: _complete(path, key, kept, world_size) if first else None, wait)
-    return TeacherCache.open(path, key)
+    kept = Kept.of(top_k, tuple(temperatures), dtype, features)
+
+    def entries(view: int, there: np.ndarray) -> Entries:
+        for batch in batches(view):
+            ids = example_ids(batch, KIND)
+            if np.isin(ids, there).all():
+                continue
+            arrays, classes = kept.arrays(teacher(batch), batch.get("attention_mask"))
+            answered = len(arrays.get("lengths", next(iter(arrays.values()))))
+            if answered != len(ids):
+                raise TransferError(f"The teacher answered for {answered} rows of a batch of {len(ids)}.")
+            yield {"ids": ids, **arrays}, {"classes": classes}
+
+    contents = Contents(key, {**asdict(kept), "temperatures": list(kept.temperatures)}, about)
+    return write(TeacherCache, folder, contents, entries, rank=rank, world_size=world_size, wait=wait)
 
 
-def _together(work: Callable[[], T], wait: Callable[[], None] | None) -> T:
-    """Works, then waits for the other processes, also after a failure: none is left waiting for one that is gone."""
-    try:
-        result = work()
-    except Exception:
-        if wait is not None:
-            wait()
-        raise
-    if wait is not None:
-        wait()
-    return result
+def cache_bytes(rows: int, numbers: int, views: int, width: int = 2) -> int:
+    """Bytes of so many numbers for each view of each row.
 
-
-def _existing(folder: Path, key: CacheKey, kept: Kept) -> TeacherCache | None:
-    """The cache that is there; None where there is none or a part of one."""
-    if files.read_manifest(folder) is None:
-        return None
-    try:
-        found = TeacherCache.open(folder, key)
-    except IncompleteCache:
-        return None
-    if found.kept != kept:
-        raise TransferError(
-            f"The teacher cache in {str(folder)!r} keeps {asdict(found.kept)}, and {asdict(kept)} is asked for. Ask "
-            "for what it keeps, choose another folder, or delete this one."
-        )
-    return found
-
-
-def _write_shard(
-    folder: Path,
-    key: CacheKey,
-    kept: Kept,
-    teacher: Callable[[Batch], TeacherSignal],
-    batches: Callable[[int], Iterable[Batch]],
-    rank: int,
-) -> None:
-    with files.shard_writer(folder, rank) as writer:
-        for view in range(key.views):
-            writer.begin_view()
-            for batch in batches(view):
-                ids = _example_ids(batch)
-                arrays, classes = kept.arrays(teacher(batch), batch.get("attention_mask"))
-                answered = len(arrays.get("lengths", next(iter(arrays.values()))))
-                if answered != len(ids):
-                    raise TransferError(f"The teacher answered for {answered} rows of a batch of {len(ids)}.")
-                writer.append({"ids": ids.cpu().numpy().astype(np.int64), **arrays}, classes)
-
-
-def _complete(folder: Path, key: CacheKey, kept: Kept, world_size: int) -> None:
-    manifest = files.assemble(folder, key, asdict(kept), world_size)
-    TeacherCache(folder, manifest)  # reads every row's place: views that differ are refused before they count
-    files.write_manifest(folder, manifest)
-
-
-def _example_ids(batch: Batch) -> Tensor:
-    if EXAMPLE_ID not in batch:
-        raise TransferError(
-            f"A teacher cache is keyed by {EXAMPLE_ID!r}, and the batch has {', '.join(batch)}. Prepare the data with "
-            "hf_transfer.data.transforms.prepare() and collate it with collator_for()."
-        )
-    return batch[EXAMPLE_ID]
+    Args:
+        rows: Rows of the data.
+        numbers: Numbers a row.
+        views: Views a row.
+        width: Bytes a number.
+    """
+    return math.ceil(rows * views * (numbers * width + 8))
 
 
 class CachedTeacher(Teacher):
@@ -180,14 +162,14 @@ class CachedTeacher(Teacher):
     @property
     def views(self) -> int:
         """How many views of each row there are."""
-        return self.cache.key.views
+        return self.cache.views
 
     def __call__(self, batch: Batch) -> TeacherSignal:
-        ids = _example_ids(batch)
-        return self.cache.signal(ids, self.view, batch.get("attention_mask")).to(ids.device)
+        ids = torch.from_numpy(example_ids(batch, KIND))
+        return self.cache.signal(ids, self.view, batch.get("attention_mask")).to(batch[EXAMPLE_ID].device)
 
     def fingerprint(self) -> str:
-        return self.cache.key.teacher
+        return self.cache.key.source
 
     def watch(self, layers: Sequence[str] = (), features: bool = False) -> None:
         if layers:

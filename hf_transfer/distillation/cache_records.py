@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TransferError
+from ..store.numbers import numbers
+from ..store.reading import padded
 from .signal import TeacherSignal, TopLogits
 
 _DTYPES = {torch.float16: "float16", torch.float32: "float32"}
@@ -79,12 +81,12 @@ class Kept:
             result["lengths"] = mask.sum(1).to(torch.int32).cpu().numpy()
             signal = signal.rows(mask)
         if signal.features is not None:
-            result["features"] = self._numbers(signal.features, "features")
+            result["features"] = numbers(signal.features, self.dtype, "teacher's features")
         if signal.logits is None:
             return result, None
         return result | self._logits(signal.logits), signal.logits.shape[-1]
 
-    def signal(self, arrays: Mapping[str, np.ndarray], mask: Tensor | None, classes: int | None) -> TeacherSignal:
+    def signal(self, arrays: Mapping[str, Tensor], mask: Tensor | None, classes: int | None) -> TeacherSignal:
         """The signal that `arrays` made flat.
 
         Args:
@@ -95,9 +97,9 @@ class Kept:
         Returns:
             It, on the CPU; 0 at tokens that are not attended.
         """
-        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        found = dict(arrays)
         if mask is not None:
-            found = {name: _put_back(values, mask) for name, values in found.items()}
+            found = {name: padded(values, mask) for name, values in found.items()}
         if "values" not in found:
             return TeacherSignal(logits=found.get("logits"), features=found.get("features"))
         assert classes is not None
@@ -109,7 +111,7 @@ class Kept:
     def _logits(self, logits: Tensor) -> dict[str, np.ndarray]:
         """logits (M, C)."""
         if self.top_k is None:
-            return {"logits": self._numbers(logits, "logits")}
+            return {"logits": numbers(logits, self.dtype, "teacher's logits")}
         parts = [self._largest(part, self.top_k) for part in logits.split(max(1, _AT_ONCE // logits.shape[-1]))]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -118,26 +120,7 @@ class Kept:
         tails = torch.stack([top.tails[t] for t in self.temperatures], dim=-1)  # (M, temperatures)
         index_type = np.int16 if top.classes <= _INT16 else np.int32
         return {
-            "values": self._numbers(top.values, "logits"),
+            "values": numbers(top.values, self.dtype, "teacher's logits"),
             "indices": top.indices.cpu().numpy().astype(index_type),
             "tails": tails.float().cpu().numpy(),
         }
-
-    def _numbers(self, values: Tensor, what: str) -> np.ndarray:
-        kept = values.detach().float().cpu().numpy()
-        with np.errstate(over="ignore"):  # told below, by what it was
-            kept = kept.astype(self.dtype)
-        if not np.isfinite(kept).all():
-            largest = values.detach().abs().max()
-            raise TransferError(
-                f"The teacher's {what} reach {largest:.4g}, which {self.dtype} cannot hold as finite numbers. "
-                "Keep them in torch.float32, if they are finite there."
-            )
-        return kept
-
-
-def _put_back(values: Tensor, mask: Tensor) -> Tensor:
-    """(M, ...) at the tokens of a mask (N, T) -> (N, T, ...)."""
-    padded = values.new_zeros(*mask.shape, *values.shape[1:])
-    padded[mask] = values
-    return padded

@@ -31,9 +31,10 @@ from ..errors import TransferError
 from ..objective import TEACHER_PREFIX, UNLABELLED, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
+from ..store.decision import Costs, epochs_of
+from ..store.folders import cache_folder, free_bytes
 from ..trainer import TransferTrainer
-from .cache import CachedTeacher, CacheKey, TeacherCache, write_cache
-from .cache_choice import CacheCosts, cache_bytes, free_bytes, prefers_cache
+from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
 from .live import NetworkTeacher
@@ -181,14 +182,14 @@ class DistillationTrainer(TransferTrainer):
                 raise TransferError(f"teacher_cache='always': {obstacle}")
             logger.info("Teacher live: %s", obstacle)
             return
-        epochs = max_steps * self._rows_a_step() / len(cast(Any, self.train_dataset))
+        epochs = epochs_of(self.args, len(cast(Any, self.train_dataset)))
         views = min(self.args.teacher_cache_views, max(1, round(epochs))) if is_random(self.train_dataset) else 1
         key = self._cache_key(views)
         folder = self._cache_folder(key)
         if not (folder / "manifest.json").exists() and mode == "auto":
-            worth, why = prefers_cache(self._costs(views, epochs, folder))
-            logger.info("Teacher %s", why)
-            if not self._agreed(worth):
+            costs, measured = self._costs(views, epochs, folder)
+            logger.info("Teacher %s: %s; %s", "cached" if costs.worth else "live", measured, costs)
+            if not self._agreed(costs.worth):
                 return
         cache = self._write_cache(folder, key)
         self.training_teacher = CachedTeacher(cache, self.teacher.labels).to(self.args.device)
@@ -198,7 +199,7 @@ class DistillationTrainer(TransferTrainer):
         """Whether a cache that the user opened is one of these rows, as they are seen here."""
         if (obstacle := self._why_no_cache()) is not None:
             raise TransferError(f"The teacher is a cache: {obstacle}")
-        self._cache_key(teacher.views).check(teacher.cache.key, teacher.cache.folder)
+        self._cache_key(teacher.views).check(teacher.cache.key, teacher.cache.folder, teacher.cache.kind)
 
     def _why_no_cache(self) -> str | None:
         """What stands against a cache; None if nothing does."""
@@ -221,17 +222,13 @@ class DistillationTrainer(TransferTrainer):
 
     def _cache_key(self, views: int) -> CacheKey:
         return CacheKey(
-            teacher=self.teacher.fingerprint(),
+            source=self.teacher.fingerprint(),
             data=data_signature(self.train_dataset),
             transform=transform_signature(self.train_dataset),
             views=views,
         )
 
     def _cache_folder(self, key: CacheKey) -> Path:
-        from huggingface_hub import constants
-
-        root = self.args.teacher_cache_dir
-        home = Path(constants.HF_HOME) / "hf_transfer" / "teachers" if root is None else Path(root)
         kept = "all"
         if self.args.teacher_cache_top_k is not None:
             kept = (
@@ -239,16 +236,13 @@ class DistillationTrainer(TransferTrainer):
             )
         if self._caches_features():
             kept += "-features"
-        return home / f"{key.teacher[:12]}-{key.data[:12]}-{key.transform[:12]}-{key.views}-{kept}"
+        return cache_folder(self.args.teacher_cache_dir, "teachers", key, kept)
 
     def _caches_features(self) -> bool:
         return any(isinstance(term, FeatureTerm) for term in self.objectives)
 
-    def _rows_a_step(self) -> int:
-        args = self.args
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def _costs(self, views: int, epochs: float, folder: Path) -> CacheCosts:
+    def _costs(self, views: int, epochs: float, folder: Path) -> tuple[Costs, str]:
+        """What both ways cost, and what was measured, for the log."""
         rows = len(cast(Any, self.train_dataset))
         batches = iter(self.rows_in_order(self.train_dataset))
         teacher: list[float] = []
@@ -268,16 +262,17 @@ class DistillationTrainer(TransferTrainer):
         shape = signal.logits_shape or ()
         kept = self.args.teacher_cache_top_k
         numbers = torch.Size(shape[1:-1]).numel() * (shape[-1] if kept is None else 2 * kept + 2)
-        in_all = rows / self.args.world_size / self.args.eval_batch_size
-        return CacheCosts(
-            teacher=median(teacher[1:] or teacher),  # the first one warms up
-            loading=median(loading[1:] or loading),
-            batches=max(1, round(in_all)),
+        in_all = max(1, round(rows / self.args.world_size / self.args.eval_batch_size))
+        asking, reading = (median(times[1:] or times) for times in (teacher, loading))  # the first one warms up
+        costs = Costs(
+            live=in_all * asking,
+            writing=views * in_all * (asking + reading),
+            reading=0.0,
             epochs=epochs,
-            views=views,
             size=cache_bytes(rows, numbers, views),
             free=free_bytes(folder),
         )
+        return costs, f"it takes {1000 * asking:.1f} ms a batch and loading {1000 * reading:.1f} ms"
 
     def _agreed(self, worth: bool) -> bool:
         """The first process's choice, which all follow."""

@@ -1,62 +1,45 @@
 """What crosses a cut of a network, on disk: computed once for every row and view, read by example_id.
 
-The format is the teacher cache's (distillation/cache_files.py): any number of processes write shards, the manifest is
-written when all are whole, a cache of other weights, rows or transforms is refused, an interrupted one is written
-anew. Of texts only attended tokens are kept.
+Any number of processes write it, an interrupted writing goes on, and a cache of other weights, rows or transforms is
+refused (store/). Of texts only attended tokens are kept.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..distillation.cache import _complete, _existing, _together, _write_shard
-from ..distillation.cache_files import CacheKey, Manifest, clear, missing_shards
-from ..distillation.cache_reading import TeacherCache
-from ..distillation.cache_records import Kept
-from ..distillation.signal import TeacherSignal
 from ..errors import TransferError
+from ..store.key import CacheKey as CacheKey
+from ..store.key import IncompleteCache as IncompleteCache
+from ..store.key import Kind
+from ..store.manifest import Contents, Manifest
+from ..store.numbers import BYTES, numbers, restored
+from ..store.reading import RowCache, padded
+from ..store.writing import Entries, example_ids, write
 
-__all__ = ["DTYPES", "CacheKey", "PrefixCache", "row_bytes", "write_prefix_cache"]
-
-DTYPES = ("float32", "bfloat16", "float16")
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class _Numbers(Kept):
-    """Activations as arrays; numpy has no bfloat16, so its bits are kept as int16."""
-
-    def _numbers(self, values: Tensor, what: str) -> np.ndarray:
-        if self.dtype == "bfloat16":
-            return values.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        return super()._numbers(values, what)
+KIND = Kind("prefix cache", source="weights", instead="pass cache='never'")
+_VALUES = "activations"
 
 
-class PrefixCache(TeacherCache):
+class PrefixCache(RowCache):
     """A complete cache of activations, memory-mapped. Made by `open` and `write_prefix_cache`.
 
     Attributes:
-        key: Of which weights (`key.teacher`), rows, transform and views.
-        example_ids: (R,) int64 ascending, the rows that it holds, in each view.
+        dtype: Which of BYTES the values are kept in.
     """
+
+    kind = KIND
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest)
-        if self.kept.dtype not in DTYPES or not self.kept.features:
-            raise TransferError(f"The cache in {str(folder)!r} holds a teacher's answers: choose another folder.")
-
-    @property
-    def views(self) -> int:
-        """How many views of each row there are."""
-        return self.key.views
+        self.dtype: str = manifest.contents.kept["dtype"]
 
     def values(self, example_id: Tensor, view: int, attention_mask: Tensor | None = None) -> Tensor:
         """What crosses the cut for some rows.
@@ -72,9 +55,9 @@ class PrefixCache(TeacherCache):
         Raises:
             TransferError: If a row or view is not in the cache, or a row has another number of tokens there.
         """
-        found = self.signal(example_id, view, attention_mask if self._per_token else None).features
-        assert found is not None
-        return found.view(torch.bfloat16) if self.kept.dtype == "bfloat16" else found
+        arrays, mask = self.arrays(example_id, view, attention_mask)
+        found = restored(arrays[_VALUES], self.dtype)
+        return found if mask is None else padded(found, mask)
 
     def __reduce__(self) -> Any:
         return type(self).open, (self.folder, self.key)  # a worker maps the files, rather than receive what is in them
@@ -83,10 +66,10 @@ class PrefixCache(TeacherCache):
 def write_prefix_cache(
     folder: str | os.PathLike[str],
     key: CacheKey,
-    prefix: Callable[[Mapping[str, Tensor]], Tensor],
-    batches: Callable[[int], Iterable[Mapping[str, Tensor]]],
+    computed: Callable[[int, np.ndarray], Iterable[tuple[Mapping[str, Tensor], Tensor]]],
     *,
     dtype: str = "float32",
+    about: str = "",
     rank: int = 0,
     world_size: int = 1,
     wait: Callable[[], None] | None = None,
@@ -94,16 +77,17 @@ def write_prefix_cache(
     """Writes what crosses the cut for every view of every row; opens the cache instead where it is there already.
 
     Called by all processes at once. Each writes what it was given; the cache counts as complete only once all have
-    written all. What an interrupted run left is replaced.
+    written all. An interrupted writing goes on.
 
     Args:
         folder: On a file system that all processes share; made where it does not exist.
         key: Of which weights, rows, transform, and of how many views; the same on all processes.
-        prefix: A collated batch -> what crosses the cut, (N, ...); of (N, T, D) with an `attention_mask` (N, T) in the
-            batch, attended tokens are kept.
-        batches: view -> this process's collated batches of that view, with `example_id`. The processes together must
-            give every row, and may give some twice.
-        dtype: One of DTYPES.
+        computed: (view, the example_ids (K,) that are there already) -> this process's collated batches of that view,
+            with `example_id`, each with what crosses the cut, (N, ...); of (N, T, D) with an `attention_mask` (N, T)
+            in the batch, attended tokens are kept. The processes together must give every other row, and may give
+            some twice.
+        dtype: One of `store.numbers.BYTES`.
+        about: For people: of which network and rows.
         rank: Of this process, in [0, world_size).
         world_size: Number of processes.
         wait: Returns once all processes have called it; one process needs none.
@@ -115,29 +99,23 @@ def write_prefix_cache(
         TransferError: If the folder holds a cache of another key or dtype, no space is left, a value is not finite in
             the dtype, or another process failed. The folder then holds no complete cache.
     """
-    if dtype not in DTYPES:
-        raise TransferError(f"dtype={dtype!r}: a prefix cache keeps one of {', '.join(DTYPES)}.")
-    if world_size > 1 and wait is None:
-        raise TransferError("Several processes need a barrier to wait at: wait=accelerator.wait_for_everyone.")
-    path, kept = Path(folder).expanduser(), _Numbers(None, (), dtype, True)
+    if dtype not in BYTES:
+        raise TransferError(f"dtype={dtype!r}: a prefix cache keeps one of {', '.join(BYTES)}.")
 
-    def answer(batch: Mapping[str, Tensor]) -> TeacherSignal:
-        return TeacherSignal(features=prefix(batch))
+    def entries(view: int, there: np.ndarray) -> Entries:
+        for batch, value in computed(view, there):
+            yield {"ids": example_ids(batch, KIND), **_arrays(value, batch.get("attention_mask"), dtype)}, {}
 
-    def open_existing() -> bool:
-        return _existing(path, key, Kept(**asdict(kept))) is not None
+    contents = Contents(key, {"dtype": dtype}, about)
+    return write(PrefixCache, folder, contents, entries, rank=rank, world_size=world_size, wait=wait)
 
-    if _together(open_existing, wait):
-        return cast(PrefixCache, PrefixCache.open(path, key))
-    _together(lambda: clear(path) if rank == 0 else None, wait)
-    _together(lambda: _write_shard(path, key, kept, answer, batches, rank), wait)
-    if missing := missing_shards(path, world_size):  # seen by all alike, so that none waits
-        raise TransferError(
-            f"The cache in {str(path)!r} is incomplete: processes {missing} of {world_size} wrote nothing. See their "
-            "errors; all processes must share the folder."
-        )
-    _together(lambda: _complete(path, key, kept, world_size) if rank == 0 else None, wait)
-    return cast(PrefixCache, PrefixCache.open(path, key))
+
+def _arrays(value: Tensor, attention_mask: Tensor | None, dtype: str) -> dict[str, np.ndarray]:
+    if attention_mask is None or value.dim() != 3:
+        return {_VALUES: numbers(value, dtype, "frozen layers' values")}
+    mask = attention_mask.to(value.device, torch.bool)  # (N, T)
+    lengths = mask.sum(1).to(torch.int32).cpu().numpy()
+    return {"lengths": lengths, _VALUES: numbers(value[mask], dtype, "frozen layers' values")}
 
 
 def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -145,6 +123,6 @@ def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
     Args:
         shape: Of the value.
-        dtype: One of DTYPES.
+        dtype: One of `store.numbers.BYTES`.
     """
-    return int(np.prod(shape)) * _BYTES[dtype] + 8
+    return int(np.prod(shape)) * BYTES[dtype] + 8

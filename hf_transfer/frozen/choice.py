@@ -11,24 +11,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.columns import EXAMPLE_ID
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
-from ..distillation.cache_choice import SPARE, free_bytes
 from ..distillation.signature import data_signature, transform_signature
 from ..errors import TransferError
 from ..objective import CONTRACT_COLUMNS, Objective, model_inputs
+from ..store.decision import SPARE, Costs, epochs_of
+from ..store.folders import cache_folder, free_bytes
+from ..store.manifest import MANIFEST
 from .cache import CacheKey, PrefixCache, row_bytes, write_prefix_cache
 from .cut import Cut, NoCut, lowest_trained
+from .extraction import Extractor
 from .prefix import find_cut
-from .prefix_costs import Costs
 from .rows import CachedCollator, CachedRows
 from .training import CachedTrainer
 
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 VIEWS = 4  # of augmented rows, where "always" is asked for and no number
 MEASURED_BATCHES = 3
+_KEPT = (EXAMPLE_ID, "attention_mask")  # of batches that were measured
 _SAMPLE, _LOOKED_AT = 4, 64  # rows that a cut is found with; of texts, those of the first that differ most in length
 
 
@@ -129,20 +133,23 @@ class _Plan:
         if self.run.cache == "auto" and self._epochs() <= self.views:
             raise NoCut(f"{self._epochs():g} epoch(s) show no version of a row twice.")
         self.model.to(args.device)
-        self.cut = find_cut(self.model, self._on_device(model_inputs(self._sample())))
+        sample = self._sample()
+        inputs = {name: x.to(args.device) if torch.is_tensor(x) else x for name, x in model_inputs(sample).items()}
+        self.cut = find_cut(self.model, inputs, backbone.anatomy)
+        self.extractor = Extractor(self.cut, collator, args, sample)
+        self.measured: list[tuple[Mapping[str, Any], Tensor]] = []  # training rows that are computed already
 
     def carried_out(self) -> CachedData:
-        computed_in = str(_autocast(self.args))
-        prefix = self.cut.fingerprint(self.backbone.anatomy, computed_in)
+        prefix = self.cut.fingerprint(self.backbone.anatomy, str(self.extractor.dtype))
         train, folder = self._key(prefix, self.train, self.views)
-        self._say_and_check(folder)
-        if self.run.cache == "auto" and not (folder / "manifest.json").exists():
-            self._compare()
-        caches = [self._write(folder, train, self.train)]
+        size, free = self._say_and_check(folder)
+        if self.run.cache == "auto" and not (folder / MANIFEST).exists():
+            self._compare(size, free)
+        caches = [self._write(folder, train, self.train, self.measured)]
         validation: Any = self.whole_validation
         if self.validation is not None:
             key, folder = self._key(prefix, self.validation, 1)
-            caches.append(self._write(folder, key, self.validation))
+            caches.append(self._write(folder, key, self.validation, []))
             validation = CachedRows(self.validation, caches[1], 1)
         return CachedData(
             self.cut, CachedRows(self.train, caches[0], 0), validation, CachedCollator(self.collator, caches)
@@ -181,8 +188,8 @@ class _Plan:
             )
         return min(self.run.cache_views or VIEWS, max(1, math.ceil(self._epochs())))
 
-    def _say_and_check(self, folder: Path) -> None:
-        """The plan, and whether there is room for it."""
+    def _say_and_check(self, folder: Path) -> tuple[int, int]:
+        """The plan, and whether there is room for it; bytes that are needed, and that are free."""
         each = row_bytes(self.cut.shape, self.run.cache_dtype)
         if self.cut.per_token:  # the sample's longest text stands for all
             each = row_bytes((self._tokens_a_row(), *self.cut.shape[1:]), self.run.cache_dtype)
@@ -193,24 +200,25 @@ class _Plan:
             f"{rows * each / 2**20:,.1f} MiB of {free / 2**20:,.0f} MiB free in {folder.parent}"
         )
         logger.info("Prefix cache, cut %s: %s", self.cut, plan)
-        there = (folder / "manifest.json").exists()
+        there = (folder / MANIFEST).exists()
         if rows * each > self.run.cache_max_bytes:
             limit = self.run.cache_max_bytes / 2**20
             raise NoCut(f"{plan}: more than cache_max_bytes allows ({limit:,.1f} MiB).")
         if rows * each > SPARE * free and not there:
             raise NoCut(f"{plan}: too little is free.")
+        return rows * each, free
 
     def _tokens_a_row(self) -> int:
         """The mean length of the texts that are looked at, rounded up."""
         lengths = [len(ids) for ids in self.train[: 16 * _LOOKED_AT]["input_ids"]]
         return math.ceil(sum(lengths) / len(lengths))
 
-    def _compare(self) -> None:
+    def _compare(self, size: int, free: int) -> None:
         """Measures both ways; the first process's choice is every process's."""
         if str(self.args.resume_from_checkpoint or "false").lower() != "false":
             raise NoCut("the training that is resumed had no cache.")
-        costs = self._costs()
-        chosen = [(costs.cached < costs.live, str(costs))]
+        costs, what = self._costs(size, free)
+        chosen = [(costs.worth, f"{what}: {costs}")]
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(chosen)
         worth, why = chosen[0]
@@ -218,29 +226,33 @@ class _Plan:
             raise NoCut(f"{why}.")
         logger.info("Frozen layers are computed once: %s", why)
 
-    def _costs(self) -> Costs:
+    def _costs(self, size: int, free: int) -> tuple[Costs, str]:
+        """Computes the first batches of the cache, and from that what both ways cost; what was measured, as text.
+
+        Live layers take at least as long as they do here, where the batches are of the size that suits them.
+        """
         loading, prefix, reading = [], [], []
-        batches = self._batches(self.train, self.args.train_batch_size)
-        began = time.perf_counter()
-        for _, batch in zip(range(MEASURED_BATCHES), batches, strict=False):
-            loaded = time.perf_counter()
-            value = self._prefix(batch).float().cpu()
-            computed = time.perf_counter()
-            value.clone()
-            loading.append(loaded - began)
-            prefix.append(computed - loaded)
-            reading.append(time.perf_counter() - computed)
+        batches = self.extractor.batches(self.train, np.empty(0))
+        with self.extractor.running() as run:
             began = time.perf_counter()
-        in_all = len(self.train) / (self.args.train_batch_size * self.args.world_size)
-        warm = [median(times[1:] or times) for times in (loading, prefix, reading)]  # the first one warms up
-        return Costs(warm[0], warm[1], warm[2], in_all, self._epochs(), self.views)
+            for batch in self.extractor.loaded(self.train, batches[:MEASURED_BATCHES]):
+                loaded = time.perf_counter()
+                value = run(batch).cpu()
+                computed = time.perf_counter()
+                value.clone()
+                loading.append(loaded - began)
+                prefix.append(computed - loaded)
+                reading.append(time.perf_counter() - computed)
+                self.measured.append(({name: batch[name] for name in _KEPT if name in batch}, value))
+                began = time.perf_counter()
+        load, compute, read = (len(batches) * median(times[1:] or times) for times in (loading, prefix, reading))
+        views = self.views
+        costs = Costs(load + compute, views * (load + compute + read), read, self._epochs(), size, free)
+        of = 1000 / max(1, len(batches))
+        return costs, f"loading takes {of * load:.1f} ms a batch and the frozen layers {of * compute:.1f} ms"
 
     def _epochs(self) -> float:
-        args = self.args
-        if args.max_steps <= 0:
-            return args.num_train_epochs
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * rows / len(self.train)
+        return epochs_of(self.args, len(self.train))
 
     # ---- doing it ---------------------------------------------------------------------------------------------------
 
@@ -253,51 +265,38 @@ class _Plan:
             rows = [*rows[:1], *rows[-_SAMPLE + 1 :]]
         return self.collator([self.train[row] for row in dict.fromkeys(rows[:_SAMPLE])])
 
-    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: item.to(self.args.device) if torch.is_tensor(item) else item for name, item in batch.items()}
-
-    def _prefix(self, batch: Mapping[str, Any]) -> Tensor:
-        dtype = _autocast(self.args)
-        with nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype):
-            return self.cut.capture(self._on_device(model_inputs(batch)))
-
-    def _batches(self, rows: Any, size: int) -> Iterator[dict[str, Any]]:
-        """This process's share of the rows, in order."""
-        own = torch.utils.data.Subset(rows, range(self.args.process_index, len(rows), self.args.world_size))
-        return iter(
-            torch.utils.data.DataLoader(
-                own, batch_size=size, collate_fn=self.collator, num_workers=self.args.dataloader_num_workers
-            )
-        )
-
     def _key(self, prefix: str, rows: Any, views: int) -> tuple[CacheKey, Path]:
-        from huggingface_hub import constants
-
         key = CacheKey(prefix, data_signature(rows), transform_signature(rows), views)
-        root = self.run.cache_dir
-        home = Path(constants.HF_HOME) / "hf_transfer" / "prefixes" if root is None else Path(root)
-        parts = (prefix[:12], key.data[:12], key.transform[:12], str(views), self.run.cache_dtype)
-        return key, home / "-".join(parts)
+        return key, cache_folder(self.run.cache_dir, "prefixes", key, self.run.cache_dtype)
 
-    def _write(self, folder: Path, key: CacheKey, rows: Any) -> PrefixCache:
+    def _write(
+        self, folder: Path, key: CacheKey, rows: Any, measured: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> PrefixCache:
+        """The cache of some rows; `measured` are batches of view 0 that need not be computed again."""
         counter = dataset_epoch(rows)
+        known = np.array([i for batch, _ in measured for i in batch[EXAMPLE_ID].tolist()], dtype=np.int64)
 
-        def batches(view: int) -> Iterator[dict[str, Any]]:
+        def computed(view: int, there: np.ndarray) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
             if counter is not None:
                 counter.set(view)
-            yield from self._batches(rows, self.args.eval_batch_size)
+            if view == 0:
+                yield from measured
+            batches = self.extractor.batches(rows, there, known if view == 0 else None)
+            for batch in self.extractor.loaded(rows, batches):
+                yield batch, run(batch)
 
         try:
-            return write_prefix_cache(
-                folder,
-                key,
-                self._prefix,
-                batches,
-                dtype=self.run.cache_dtype,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                wait=_barrier(self.args),
-            )
+            with self.extractor.running() as run:
+                return write_prefix_cache(
+                    folder,
+                    key,
+                    computed,
+                    dtype=self.run.cache_dtype,
+                    about=f"{self.backbone.name}, {self.cut}; {len(rows):,} rows, {key.views} view(s)",
+                    rank=self.args.process_index,
+                    world_size=self.args.world_size,
+                    wait=_barrier(self.args),
+                )
         finally:
             if counter is not None:
                 counter.set(0)
@@ -313,10 +312,6 @@ def _for_model(rows: Any, model: Any) -> Any:
         return rows
     taken = [*inspect.signature(model.forward).parameters, *CONTRACT_COLUMNS]
     return rows.select_columns([name for name in rows.column_names if name in taken])
-
-
-def _autocast(args: Any) -> torch.dtype | None:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _barrier(args: Any) -> Callable[[], None] | None:

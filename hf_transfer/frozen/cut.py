@@ -50,6 +50,7 @@ class Cut:
         stubs: Frozen modules below the cut and the shapes of what they gave, which placeholders stand for.
         inputs: Of the network's floating-point inputs the shape of a row, and the dtype.
         sizes: Rows, and tokens where the inputs are texts, of the batch that `stubs` was found with.
+        largest: Bytes a row of that batch of the largest output of a module.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Cut:
     stubs: tuple[tuple[nn.Module, Any], ...]
     inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     sizes: tuple[int, int | None]
+    largest: int
 
     def __str__(self) -> str:
         side = "before" if self.at_input else "after"
@@ -81,12 +83,26 @@ class Cut:
         Returns:
             The value that crosses, (N, ...).
         """
+        with self.capturing() as run:
+            return run(inputs)
+
+    @contextmanager
+    def capturing(self) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
+        """`capture` for many batches: the network is in eval mode for all of them."""
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             raise _Reached(next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)))
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             raise _Reached(cast(Tensor, only_tensor(output)))
+
+        def run(inputs: Mapping[str, Any]) -> Tensor:
+            try:
+                with torch.no_grad():  # inference mode would leave its mark on what a network keeps, such as positions
+                    self.model(**inputs)
+            except _Reached as reached:
+                return reached.value
+            raise TransferError(f"{self.name} did not run, so nothing crossed the cut {self}.")
 
         handle = (
             self.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -96,15 +112,11 @@ class Cut:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with torch.no_grad():
-                self.model(**inputs)
-        except _Reached as reached:
-            return reached.value
+            yield run
         finally:
             handle.remove()
             for module in training:
                 module.training = True
-        raise TransferError(f"{self.name} did not run, so nothing crossed the cut {self}.")
 
     @contextmanager
     def resumed(self, value: Tensor) -> Iterator[None]:

@@ -91,6 +91,8 @@ def _candidates(
     """Cuts to try, the latest first: at the input of what trains, then at the output of the last frozen module."""
     entry = _entry(first)
     rows = len(logits)
+    outputs = [value for call in root.inside() if (value := only_tensor(call.output)) is not None]
+    largest = max(value.numel() * value.element_size() for value in outputs) // rows
     mask = inputs.get("attention_mask")
     floats = {
         name: (tuple(value.shape[1:]), value.dtype)
@@ -108,7 +110,7 @@ def _candidates(
             return  # the length of a batch's texts, which placeholders need, does not cross
         yield Cut(
             model, call.name, at_input, tuple(value.shape[1:]), value.dtype, per_token, steps, stubs, floats,
-            (rows, mask.shape[1] if mask is not None else None),
+            (rows, mask.shape[1] if mask is not None else None), largest,
         )  # fmt: skip
 
     if (steps := _steps(entry, entry.given, logits)) is not None:

@@ -39,7 +39,7 @@ def difference(cut: Cut, inputs: Mapping[str, Any]) -> str | None:
             with cut.resumed(value.clone()):
                 rest = _answers(cut.model, cut.placeholders(kept, value), training)
             for ours, theirs in zip(rest, whole, strict=True):
-                if not _alike(ours, theirs):
+                if not alike(ours, theirs):
                     return f"the rest is not the whole in {'training' if training else 'evaluation'} mode"
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
         return " ".join(str(error).split())[:200]  # a forward that wants more than a placeholder
@@ -57,7 +57,7 @@ def _differs_alone(cut: Cut, inputs: Mapping[str, Any], mask: Tensor, value: Ten
         for name, item in inputs.items()
     }
     there = value[row][kept] if cut.per_token else value[row]
-    return None if _alike(cut.capture(alone)[0], there) else "a text's values depend on how it is padded"
+    return None if alike(cut.capture(alone)[0], there) else "a text's values depend on how it is padded"
 
 
 def _answers(model: nn.Module, inputs: Mapping[str, Any], training: bool) -> list[Tensor | None]:
@@ -74,7 +74,8 @@ def _answers(model: nn.Module, inputs: Mapping[str, Any], training: bool) -> lis
     return [logits.detach(), *gradients]
 
 
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same within TOLERANCE of the largest number of the second, at least of 1."""
     if a is None or b is None:
         return a is b
     scale = float(b.abs().max()) if b.numel() else 0.0

@@ -37,7 +37,7 @@ def staged(folder: str | os.PathLike[str], stale: tuple[str, ...] = ()) -> Itera
     except Exception as error:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
-        if _is_full(error):
+        if is_full(error):
             raise TransferError(
                 f"No space is left on the disk of {str(folder)!r}. Nothing was saved; what was there is as it was. "
                 "Free some space, or choose another folder."
@@ -47,7 +47,8 @@ def staged(folder: str | os.PathLike[str], stale: tuple[str, ...] = ()) -> Itera
         shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that no space is left on the disk."""
     # safetensors reports the system's error by its text alone
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 

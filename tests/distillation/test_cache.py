@@ -19,13 +19,14 @@ import pytest
 import torch
 from cache_rows import CLASSES, ImageTeacher, image_batches, prepared, token_batch, token_rows
 
-from hf_transfer.distillation import cache_files, cache_records
+from hf_transfer.distillation import cache_records
 from hf_transfer.distillation.cache import CachedTeacher, CacheKey, IncompleteCache, TeacherCache, write_cache
 from hf_transfer.distillation.signal import TeacherSignal, TopLogits
 from hf_transfer.distillation.signature import data_signature, transform_signature
 from hf_transfer.errors import TransferError
+from hf_transfer.store import journal
 
-KEY = CacheKey(teacher="a1", data="b2", transform="c3", views=2)
+KEY = CacheKey(source="a1", data="b2", transform="c3", views=2)
 SCRIPT = Path(__file__).with_name("cache_processes.py")
 
 
@@ -245,7 +246,7 @@ def test_a_process_that_fails_stops_all_and_nothing_counts(tmp_path: Path, faili
 
     errors = together(2, lambda rank, wait: write(rank, wait, True))
     assert str(errors[failing]) == "the teacher fell over"
-    assert f"processes [{failing}] of 2 wrote nothing" in str(errors[1 - failing])
+    assert f"processes [{failing}] of 2 did not write all" in str(errors[1 - failing])
     with pytest.raises(IncompleteCache, match="interrupted"):
         TeacherCache.open(tmp_path, KEY)
     caches = together(2, lambda rank, wait: write(rank, wait, False))
@@ -263,7 +264,7 @@ def test_two_real_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert reports[1]["failed"] == "no answer from process 1"
-    assert "processes [1] of 2 wrote nothing" in reports[0]["failed"]
+    assert "processes [1] of 2 did not write all" in reports[0]["failed"]
     for report in reports:
         assert report["state after"] == "IncompleteCache"
         assert report["largest difference"] < 2e-2
@@ -286,23 +287,29 @@ def die_in_view_1(folder: Path) -> None:
     write_cache(folder, KEY, answer, teacher.batches)
 
 
-def test_after_a_crash_the_cache_is_incomplete_and_is_replaced(tmp_path: Path) -> None:
+def test_after_a_crash_the_cache_is_incomplete_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies in the middle of a block; the blocks before it are not computed again."""
     (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(journal, "BLOCK_SECONDS", -1.0)  # a block a batch
     child = multiprocessing.get_context("fork").Process(target=die_in_view_1, args=(tmp_path,))
     child.start()
     child.join(30)
     assert child.exitcode == 9
-    assert list(tmp_path.glob(".shards.*/new/*.logits"))  # it was killed half way
-    with pytest.raises(IncompleteCache, match=r"is incomplete: the run that wrote it was interrupted. Write it anew"):
+    with pytest.raises(IncompleteCache, match="is incomplete: the run that wrote it was interrupted"):
         TeacherCache.open(tmp_path, KEY)
+    ids = next(tmp_path.glob("shards/*.ids"))
+    with ids.open("ab") as file:
+        file.write(b"half an id")  # as of a block that was being written
     teacher = Answers()
     cache = write_cache(tmp_path, KEY, teacher, teacher.batches)
-    assert torch.equal(cache.signal(teacher.ids, 1).logits, teacher.table[1].half())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "notes.txt", "shards"]
+    assert teacher.asked == 4  # of 6: the first two batches of view 0 were whole, the third had no successor
+    for view in range(2):
+        assert torch.equal(cache.signal(teacher.ids, view).logits, teacher.table[view].half())
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"manifest.json", "notes.txt", "shards"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
-def test_a_damaged_cache_is_incomplete_and_is_replaced(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(("damage", "asked"), [("cut", 3), ("gone", 6), ("manifest", 0)])
+def test_a_damaged_cache_is_incomplete_and_is_mended(tmp_path: Path, damage: str, asked: int) -> None:
     teacher = Answers()
     write_cache(tmp_path, KEY, teacher, teacher.batches)
     path = next(tmp_path.glob("shards/*.logits"))
@@ -314,11 +321,39 @@ def test_a_damaged_cache_is_incomplete_and_is_replaced(tmp_path: Path, damage: s
         (tmp_path / "manifest.json").write_text('{"format": "hf_tr')
     with pytest.raises(IncompleteCache, match="is incomplete"):
         TeacherCache.open(tmp_path, KEY)
+    teacher.asked = 0
     cache = write_cache(tmp_path, KEY, teacher, teacher.batches)
+    assert teacher.asked == asked  # a block a view: only the damaged one is written again
     assert torch.equal(cache.signal(teacher.ids, 0).logits, teacher.table[0].half())
 
 
-@pytest.mark.parametrize("fsync", range(4))  # of ids, of logits, of the shard's description, of the manifest
+def test_a_block_whose_bytes_changed_is_written_again(tmp_path: Path) -> None:
+    teacher = Answers()
+    write_cache(tmp_path, KEY, teacher, teacher.batches)
+    path = next(tmp_path.glob("shards/*.logits"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    (tmp_path / "manifest.json").unlink()  # as if the run had died before the last step
+    teacher.asked = 0
+    cache = write_cache(tmp_path, KEY, teacher, teacher.batches)
+    assert teacher.asked == 3
+    assert torch.equal(cache.signal(teacher.ids, 1).logits, teacher.table[1].half())
+
+
+def test_one_of_an_older_version_is_written_anew(tmp_path: Path) -> None:
+    teacher = Answers()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000-ab.logits").write_bytes(b"1234")
+    (tmp_path / "manifest.json").write_text('{"format": "hf_transfer teacher cache 1", "key": {"teacher": "a1"}}')
+    with pytest.raises(IncompleteCache, match="of an older version"):
+        TeacherCache.open(tmp_path, KEY)
+    cache = write_cache(tmp_path, KEY, teacher, teacher.batches)
+    assert torch.equal(cache.signal(teacher.ids, 0).logits, teacher.table[0].half())
+    assert not (tmp_path / "shards" / "00000-ab.logits").exists()
+
+
+@pytest.mark.parametrize("fsync", range(4))  # of the journal, of ids, of logits, of the journal
 def test_a_full_disk_is_one_sentence_and_nothing_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: int
 ) -> None:
@@ -331,12 +366,11 @@ def test_a_full_disk_is_one_sentence_and_nothing_counts(
                 raise OSError(28, "No space left on device")
             real(descriptor)
 
-        patched.setattr(cache_files.os, "fsync", full)
-        with pytest.raises(TransferError, match=r"No space is left on the disk of '.*'\. Nothing was saved"):
+        patched.setattr(journal.os, "fsync", full)
+        with pytest.raises(TransferError, match=r"No space is left on the disk of '.*'\. "):
             write_cache(tmp_path, KEY, teacher, teacher.batches)
     with pytest.raises(IncompleteCache):
         TeacherCache.open(tmp_path, KEY)
-    assert not list(tmp_path.glob(".shards.*"))
     cache = write_cache(tmp_path, KEY, teacher, teacher.batches)
     assert torch.equal(cache.signal(teacher.ids, 0).logits, teacher.table[0].half())
 
@@ -345,15 +379,14 @@ def test_a_full_disk_is_one_sentence_and_nothing_counts(
 def test_the_kernels_own_full_disk_while_batches_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, teacher = Path.open, Answers(rows=4000)
 
-    def opened(path: Path, mode: str = "r") -> Any:
-        return open("/dev/full", "wb") if path.suffix == ".logits" else real(path, mode)
+    def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return open("/dev/full", "wb") if path.suffix == ".logits" else real(path, mode, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", opened)
         with pytest.raises(TransferError, match="No space is left on the disk"):
             write_cache(tmp_path, KEY, teacher, lambda view: teacher.batches(view, size=500))
     assert 0 < teacher.asked < 16  # told at once, not after the last batch
-    assert not list(tmp_path.glob("shards/*"))
 
 
 # ---- of this key and no other ---------------------------------------------------------------------------------------
@@ -363,7 +396,7 @@ def test_the_kernels_own_full_disk_while_batches_are_written(tmp_path: Path, mon
 def test_a_cache_of_another_key_is_refused(tmp_path: Path, name: str) -> None:
     teacher = Answers(views=3)
     write_cache(tmp_path, KEY, teacher, teacher.batches)
-    other = replace(KEY, **{name: 3 if name == "views" else "f00"})
+    other = replace(KEY, **{"source" if name == "teacher" else name: 3 if name == "views" else "f00"})
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for use in (
         lambda: TeacherCache.open(tmp_path, other),
@@ -459,8 +492,8 @@ def test_every_view_must_have_every_row(tmp_path: Path) -> None:
         write_cache(tmp_path, KEY, teacher, lambda view: teacher.batches(view, list(range(2 * view, 7))))
     with pytest.raises(IncompleteCache):
         TeacherCache.open(tmp_path, KEY)
-    with pytest.raises(TransferError, match="asked about no row"):
-        write_cache(tmp_path, KEY, teacher, lambda view: [])
+    with pytest.raises(TransferError, match="was given no row"):
+        write_cache(tmp_path / "empty", KEY, teacher, lambda view: [])
     with pytest.raises(TransferError, match=r"keyed by 'example_id', and the batch has view"):
         write_cache(tmp_path, KEY, teacher, lambda view: [{"view": torch.zeros(2)}])
     with pytest.raises(TransferError, match="views=0"):

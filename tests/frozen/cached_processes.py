@@ -50,7 +50,7 @@ def main() -> None:
     torch.save(
         {
             "trainers": trainers,
-            "shards": len(list((folder / "shards").glob("*.json"))),
+            "shards": len(list((folder / "shards").glob("*.journal"))),
             "logits": logits[1],
             "moved": float((logits[1] - logits[1].mean(0)).abs().max()),
             "difference": float((logits[0] - logits[1]).abs().max()),
