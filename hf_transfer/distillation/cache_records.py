@@ -57,7 +57,7 @@ class Kept:
         """A signal as arrays.
 
         Args:
-            signal: Of N rows, with dense logits, features or both.
+            signal: Of N rows, with logits (all, or those to be kept of them), features or both.
             attention_mask: (N, T); only attended tokens are kept. None where a row has no padding.
 
         Returns:
@@ -68,10 +68,11 @@ class Kept:
             TransferError: If the signal lacks what is to be kept, or holds what the dtype cannot.
         """
         signal = replace(signal, hidden={}, features=signal.features if self.features else None)
-        if (self.features and signal.features is None) or (signal.logits is None and not self.features):
+        answers = signal.logits if signal.top is None else signal.top.values
+        if (self.features and signal.features is None) or (answers is None and not self.features):
             wanted = "features" if self.features else "logits"
             raise TransferError(f"The teacher gives {signal.contents() or 'nothing'} where {wanted} are to be kept.")
-        values = [value for value in (signal.logits, signal.features) if value is not None]
+        values = [value for value in (answers, signal.features) if value is not None]
         if len({value.dim() for value in values}) > 1:
             raise TransferError(f"The teacher gives logits and features of shapes {[tuple(v.shape) for v in values]}.")
         result = {}
@@ -82,6 +83,8 @@ class Kept:
             signal = signal.rows(mask)
         if signal.features is not None:
             result["features"] = numbers(signal.features, self.dtype, "teacher's features")
+        if signal.top is not None:
+            return result | self._largest(signal.top), signal.top.classes
         if signal.logits is None:
             return result, None
         return result | self._logits(signal.logits), signal.logits.shape[-1]
@@ -112,11 +115,14 @@ class Kept:
         """logits (M, C)."""
         if self.top_k is None:
             return {"logits": numbers(logits, self.dtype, "teacher's logits")}
-        parts = [self._largest(part, self.top_k) for part in logits.split(max(1, _AT_ONCE // logits.shape[-1]))]
+        tops = [
+            TopLogits.of(part, self.top_k, self.temperatures)
+            for part in logits.split(max(1, _AT_ONCE // logits.shape[-1]))
+        ]
+        parts = [self._largest(top) for top in tops]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _largest(self, logits: Tensor, k: int) -> dict[str, np.ndarray]:
-        top = TopLogits.of(logits, k, self.temperatures)
+    def _largest(self, top: TopLogits) -> dict[str, np.ndarray]:
         tails = torch.stack([top.tails[t] for t in self.temperatures], dim=-1)  # (M, temperatures)
         index_type = np.int16 if top.classes <= _INT16 else np.int32
         return {

@@ -26,7 +26,7 @@ from ..errors import TransferError
 from ..objective import CONTRACT_COLUMNS, Learner, Objective, Step, logits_of, model_inputs, over_items, wide
 from .base import Teacher
 from .language_head import LanguageHead
-from .signal import TeacherSignal
+from .signal import TeacherSignal, TopLogits
 from .teacher import AdapterOffTeacher, LiveTeacher
 
 if TYPE_CHECKING:
@@ -90,6 +90,40 @@ class ChunkedTeacher(Teacher):
         return self
 
 
+class LargestTeacher(Teacher):
+    """A ChunkedTeacher's largest logits, of a stretch of tokens at a time: what a cache of them keeps.
+
+    Args:
+        teacher: Who is asked.
+        k: How many, of each token.
+        temperatures: Those at which terms will ask for the mass of the others.
+        chunk_tokens: How many tokens of a batch have all their logits at a time, from 1.
+    """
+
+    def __init__(self, teacher: ChunkedTeacher, k: int, temperatures: Sequence[float], chunk_tokens: int) -> None:
+        self.teacher, self.k, self.temperatures, self.chunk_tokens = teacher, k, tuple(temperatures), chunk_tokens
+        self.labels, self.task = teacher.labels, teacher.task
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
+        said = self.teacher(batch)
+        assert said.features is not None and said.head is not None
+        width = max(self.chunk_tokens // len(said.features), 1)
+        parts = [TopLogits.of(said.head(part), self.k, self.temperatures) for part in said.features.split(width, 1)]
+        tails = {t: torch.cat([part.tails[t] for part in parts], 1) for t in self.temperatures}
+        values, indices = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("values", "indices"))
+        return TeacherSignal(top=TopLogits(values, indices, tails, parts[0].classes))
+
+    def fingerprint(self) -> str:
+        return self.teacher.fingerprint()
+
+    def watch(self, layers: Sequence[str] = (), features: bool = False) -> None:
+        self.teacher.watch(layers, features)
+
+    def to(self, device: torch.device | str) -> LargestTeacher:
+        self.teacher.to(device)
+        return self
+
+
 class Observer(Protocol):
     """Who reads the logits of an evaluation, a stretch of tokens at a time."""
 
@@ -110,10 +144,8 @@ class Observer(Protocol):
 class ChunkedLearner(Learner):
     """A Learner of a causal language model that makes the logits of some tokens at a time.
 
-    Loss, gradients and counts are the Learner's. Where the teacher's vocabulary is padded to another size, terms of
-    the evaluation loss see all of the student's logits, and the others those of the words both have. The returned
-    outputs hold the last token's logits only. An evaluation shows the logits to `observer` as they are made; without
-    one it makes them all, and returns them.
+    Loss, gradients and counts are the Learner's. The returned outputs hold the last token's logits only. An evaluation
+    shows the logits to `observer` as they are made; without one it makes them all, and returns them.
 
     Attributes:
         observer: Who reads the logits of an evaluation.
@@ -191,13 +223,9 @@ class ChunkedLearner(Learner):
         logits, teacher = wide(self._head(chunk.features)), _answer(chunk.teacher)
         if watched and self.observer is not None and chunk.labels is not None:
             self.observer.see(logits, chunk.labels, None if teacher is None else teacher.logits)
-        shared = logits
-        if teacher is not None:
-            shared, teacher = _shared_words(logits, teacher)
+        part = replace(chunk, logits=logits, features=None, teacher=teacher)
         sums = []
         for term in terms:
-            seen = logits if term.in_evaluation else shared
-            part = replace(chunk, logits=seen, features=None, teacher=teacher)
             sums.append(wide(term(_tokens(part, slice(0, stop - start + self._reach[term.name])))).sum())
         return torch.stack(sums) if sums else logits.new_zeros(0)
 
@@ -233,23 +261,6 @@ def _answer(signal: TeacherSignal | None) -> TeacherSignal | None:
     if isinstance(signal, HiddenSignal) and signal.head is not None and signal.features is not None:
         return TeacherSignal(logits=signal.head(signal.features))
     return signal
-
-
-def _shared_words(student: Tensor, teacher: TeacherSignal) -> tuple[Tensor, TeacherSignal]:
-    """Logits of the words that both know: vocabularies of one tokenizer may be padded to different sizes.
-
-    Args:
-        student: (N, t, V).
-        teacher: Of (N, t, W) logits.
-    """
-    width = student.shape[-1] if teacher.logits_shape is None else min(student.shape[-1], teacher.logits_shape[-1])
-    if teacher.top is not None and teacher.top.classes > width:
-        raise TransferError(
-            f"The teacher's largest logits are of {teacher.top.classes} words and the student has {width}: words that "
-            "it lacks cannot be taken out of them. Cut the teacher's logits to the student's words before storing."
-        )
-    cut = None if teacher.logits is None else teacher.logits[..., :width]
-    return student[..., :width], replace(teacher, logits=cut)
 
 
 def _reach(term: Objective, words: int) -> int:

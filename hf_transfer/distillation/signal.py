@@ -118,6 +118,28 @@ class TeacherSignal:
         events = torch.cat([student.gather(-1, indices), rest], dim=-1)  # (..., k + 1)
         return F.log_softmax(teacher, dim=-1), F.log_softmax(events, dim=-1)
 
+    def over_shared_words(self, student: Tensor) -> tuple[Tensor, TeacherSignal]:
+        """Both networks' logits of the words that both know: vocabularies of one tokenizer are padded to other sizes.
+
+        Args:
+            student: (N, T, V).
+
+        Returns:
+            The student's (N, T, W) and the signal of (N, T, W) logits, W being the smaller vocabulary's size.
+
+        Raises:
+            TransferError: If the signal holds the largest logits only, and of more words than the student has.
+        """
+        shape = self.logits_shape
+        words = student.shape[-1] if shape is None else min(student.shape[-1], shape[-1])
+        if self.top is not None and self.top.classes > words:
+            raise TransferError(
+                f"The teacher's largest logits are of {self.top.classes} words and the student has {words}: words "
+                "that it lacks cannot be taken out of them. Cut the teacher's logits to the student's words before "
+                "storing."
+            )
+        return student[..., :words], replace(self, logits=None if self.logits is None else self.logits[..., :words])
+
     def predictions(self, mask: Tensor) -> TeacherSignal:
         """Only the logits, of some items.
 

@@ -245,6 +245,7 @@ class DistillationTrainer(TransferTrainer):
         """What both ways cost, and what was measured, for the log."""
         rows = len(cast(Any, self.train_dataset))
         batches = iter(self.rows_in_order(self.train_dataset))
+        teacher_asked = self._asked_for_cache()
         teacher: list[float] = []
         loading: list[float] = []
         signal = None
@@ -254,7 +255,7 @@ class DistillationTrainer(TransferTrainer):
             if batch is None:
                 break
             loaded = time.perf_counter()
-            signal = self.teacher(batch)
+            signal = teacher_asked(batch)
             _wait_for(self.args.device)
             loading.append(loaded - started)
             teacher.append(time.perf_counter() - loaded)
@@ -279,6 +280,15 @@ class DistillationTrainer(TransferTrainer):
         chosen = torch.tensor(float(worth and self.is_world_process_zero()), device=self.args.device)
         return bool(self.accelerator.reduce(chosen, "sum") > 0)
 
+    def _asked_for_cache(self) -> Teacher:
+        """The teacher; of language models in chunks, one that never makes all logits where a few are kept."""
+        from .chunked import ChunkedTeacher, LargestTeacher
+
+        k, tokens = self.args.teacher_cache_top_k, self.args.chunk_tokens
+        if k is None or tokens is None or not isinstance(self._chunked_teacher, ChunkedTeacher):
+            return self.teacher
+        return LargestTeacher(self._chunked_teacher, k, _temperatures(self.objectives), tokens)
+
     def _write_cache(self, folder: Path, key: CacheKey) -> TeacherCache:
         counter = dataset_epoch(self.train_dataset)
 
@@ -290,7 +300,7 @@ class DistillationTrainer(TransferTrainer):
         return write_cache(
             folder,
             key,
-            self.teacher,
+            self._asked_for_cache(),
             batches,
             top_k=self.args.teacher_cache_top_k,
             temperatures=_temperatures(self.objectives),

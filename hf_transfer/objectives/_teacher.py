@@ -66,9 +66,9 @@ class LogitTerm(Objective):
         return number_of(None) if self.needs_labels else rows_of(batch)
 
     def forward(self, step: Step) -> Tensor:
-        teacher = self._teacher(step)
+        student, teacher = self._logits(step)
         mask, share = self._items(step)  # (N,), (N, T) or None; (N, T) or None
-        student, labels = step.logits, torch.empty(0, dtype=torch.long, device=step.logits.device)
+        labels = torch.empty(0, dtype=torch.long, device=student.device)
         if self.needs_labels:
             labels = self._labels(step)[mask]
         if mask is not None:
@@ -78,12 +78,16 @@ class LogitTerm(Objective):
         value = self.compare(student, teacher, labels, step.progress)
         return value if share is None or self.couples_batch else value * share[mask]
 
-    def _teacher(self, step: Step) -> TeacherSignal:
+    def _logits(self, step: Step) -> tuple[Tensor, TeacherSignal]:
+        """Both networks' predictions; of language models over the words that both know."""
         signal: TeacherSignal = teacher_of(step, self.name)
+        student = step.logits
+        if self.shift:
+            student, signal = signal.over_shared_words(student)
         shape = signal.logits_shape
         if shape is None:
             raise TransferError(f"The term '{self.name}' needs the teacher's logits, and it gave {signal.contents()}.")
-        if shape != tuple(step.logits.shape):
+        if shape != tuple(student.shape):
             raise TransferError(
                 f"The term '{self.name}' got teacher logits of shape {shape} for student logits of shape "
                 f"{tuple(step.logits.shape)}. Both need the same rows, tokens and classes, in the same order."
@@ -93,7 +97,7 @@ class LogitTerm(Objective):
                 f"The term '{self.name}' compares probabilities of classes, and the networks have one output, as for "
                 "regression. Use LogitMSE."
             )
-        return signal
+        return student, signal
 
     def _labels(self, step: Step) -> Tensor:
         """(N,) or (N, T) class indices, of the token that is predicted."""

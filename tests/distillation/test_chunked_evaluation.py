@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from distillation.language_rows import WORDS, language_trainer
+from distillation.language_rows import WORDS, language_rows, language_trainer
 from torch import Tensor
 
 ROWS_A_BATCH = 4
@@ -71,6 +71,26 @@ def test_training_goes_on_in_chunks_after_an_evaluation(tmp_path: Path) -> None:
     widest = Widest(trainer.model, trainer.teacher.backbone.model)
     trainer.train()
     assert widest.tokens <= 12
+
+
+def test_a_cache_of_the_largest_logits_is_that_of_all_logits(tmp_path: Path) -> None:
+    caches = []
+    for name, options in (("whole", {}), ("chunked", {"chunk_tokens": 8})):
+        trainer = language_trainer(
+            tmp_path / name, per_device_train_batch_size=4, per_device_eval_batch_size=ROWS_A_BATCH, max_steps=2,
+            teacher_cache="always", teacher_cache_dir=str(tmp_path / name), teacher_cache_top_k=3, **options,
+        )  # fmt: skip
+        widest = Widest(trainer.teacher.backbone.model)
+        trainer.train()
+        caches.append(trainer.training_teacher.cache)
+    assert 0 < widest.tokens <= 8
+    rows = language_rows()
+    length = max(map(len, rows["input_ids"]))
+    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows["input_ids"]])
+    whole, chunked = (cache.signal(torch.arange(len(rows)), 0, mask).top for cache in caches)
+    assert torch.equal(chunked.indices, whole.indices)
+    torch.testing.assert_close(chunked.values, whole.values, rtol=0, atol=2e-3)  # kept in half precision
+    torch.testing.assert_close(chunked.tails[2.0], whole.tails[2.0])
 
 
 def test_rows_without_labels_are_predicted(tmp_path: Path) -> None:
