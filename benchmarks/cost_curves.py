@@ -5,7 +5,8 @@
 
 A point is a training of lcnet_050 from random weights on images of noise, from raw rows to trained weights; its time
 is CPU time, its memory the peak of the process beyond what it held before. A curve's points run in turn. Its exponent
-is the slope of log(time) over log(size), fitted to the points of each round: 1 is proportional growth, 0 none.
+is the slope of log(time) over log(size), fitted to the points of each round: 1 is proportional growth, 0 none. It is
+of the time of all epochs, without what comes before them; of the whole for views, which are computed before.
 
 With processes the rows of a step stay as many; their seconds are of wall time, from the first step to the last, as
 torchrun and gloo run them on the cores that there are.
@@ -155,31 +156,35 @@ class Curve:
         axis: That.
         note: What else is to be known.
         points: By its value.
+        part: Which time its exponent is of: "epochs", or "" for the whole.
     """
 
     axis: str
     note: str
     points: Mapping[int, Training]
+    part: str = "epochs"
 
 
 def measure(curve: Curve, rounds: int) -> dict[str, Any]:
     """Times the points of a curve in turn, then takes the peak of memory of each."""
+    facts: dict[str, Any] = {"axis": curve.axis, "note": curve.note, "sizes": list(curve.points), "part": curve.part}
     if any(training.processes > 1 for training in curve.points.values()):
         arms = {str(size): partial(on_processes, training) for size, training in curve.points.items()}
         found = interleave(arms, label=curve.axis, rounds=min(rounds, PROCESS_ROUNDS), warm_up=0)
-        return {"axis": curve.axis, "note": curve.note, "by": "wall", **found.facts()}
+        return {**facts, "by": "wall", **found.facts()}
     jobs = {str(size): Job(training) for size, training in curve.points.items()}
     found = interleave(jobs, label=curve.axis, rounds=rounds)
     peaks = {size: round(peak(job), 1) for size, job in jobs.items()}
-    return {"axis": curve.axis, "note": curve.note, "by": "cpu", "peak_mib": peaks, **found.facts()}
+    return {**facts, "by": "cpu", "peak_mib": peaks, **found.facts()}
 
 
 def exponent(found: Mapping[str, Any]) -> Figure:
     """The slope of log(time) over log(size), by least squares in each round."""
-    rounds = each_round(found, found["by"])
-    sizes = [name for name in rounds[0] if name.isdigit()]
-    logs = np.log([float(size) for size in sizes])
-    return Figure.of(float(np.polyfit(logs, np.log([each[size] for size in sizes]), 1)[0]) for each in rounds)
+    logs = np.log(found["sizes"])
+    return Figure.of(
+        float(np.polyfit(logs, np.log([each[f"{size} {found['part']}".strip()] for size in found["sizes"]]), 1)[0])
+        for each in each_round(found, found["by"])
+    )
 
 
 def table(path: Path = RESULTS) -> list[str]:
@@ -189,22 +194,16 @@ def table(path: Path = RESULTS) -> list[str]:
         return []
     rows = []
     for found in cases.values():
-        seconds = {name: median(values) for name, values in found[found["by"]].items() if name.isdigit()}
-        peaks = found.get("peak_mib", {})
-        rows.append(
-            (
-                f"{found['axis']}: {', '.join(f'{int(size):,}' for size in seconds)}",
-                found["note"],
-                ", ".join(f"{value:.2f}" for value in seconds.values()),
-                exponent(found),
-                ", ".join(f"{peaks[size]:.0f}" for size in seconds if size in peaks),
-            )
-        )
+        seconds = [f"{median(found[found['by']][str(size)]):.2f}" for size in found["sizes"]]
+        peaks = [f"{mib:.0f}" for mib in found.get("peak_mib", {}).values()]
+        sizes = ", ".join(f"{size:,}" for size in found["sizes"])
+        growing = (f"{found['axis']}: {sizes}", found["note"])
+        rows.append((*growing, ", ".join(seconds), exponent(found), ", ".join(peaks)))
     return [
         "## How the cost grows",
         "",
         "Trainings of lcnet_050 on noise, from raw rows to trained weights; seconds of CPU time, of wall time for",
-        "processes. The exponent is the slope of log(time) over log(size).",
+        "processes. The exponent is the slope of log(time of the epochs) over log(size), for views of the whole time.",
         "",
         *markdown(["what grows", "training", "seconds", "exponent", "peak of memory, MiB"], rows),
         "",
@@ -212,9 +211,11 @@ def table(path: Path = RESULTS) -> list[str]:
     ]
 
 
-def curve(axis: str, note: str, points: Sequence[int], make: Callable[[int], Training]) -> Callable[[], Curve]:
+def curve(
+    axis: str, note: str, points: Sequence[int], make: Callable[[int], Training], part: str = "epochs"
+) -> Callable[[], Curve]:
     """What makes a curve."""
-    return lambda: Curve(axis, note, {point: make(point) for point in points})
+    return lambda: Curve(axis, note, {point: make(point) for point in points}, part)
 
 
 PARTIAL = "full fine-tune, 128 rows, 1 epoch"
@@ -233,12 +234,14 @@ CASES: dict[str, Callable[[], Curve]] = {
         "linear probe, 128 rows, 64 px, 8 epochs",
         (1, 2, 4, 8),
         lambda n: Training(size=64, tuning=LinearProbe(), views=n, epochs=8),
+        part="",
     ),
     "processes": curve(
         "processes",
         "full fine-tune, 256 rows, 32 px, 4 epochs",
         (1, 2),
         lambda n: Training(rows=256, processes=n, epochs=4),
+        part="",  # the worker tells that of its epochs
     ),
 }
 
