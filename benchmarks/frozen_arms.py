@@ -74,7 +74,8 @@ class Case:
         return config(
             output_dir=str(folder / "run"), num_train_epochs=epochs, per_device_train_batch_size=self.batch_size,
             learning_rate=self.learning_rate, optim=self.optim, save_strategy="no", eval_strategy="no",
-            report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=50, seed=SEED, data_seed=SEED, dataloader_pin_memory=False, **more,
+            report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=50, seed=SEED, data_seed=SEED,
+            dataloader_pin_memory=False, **more,
         )  # fmt: skip
 
 

@@ -150,6 +150,9 @@ def table(path: Path = RESULTS) -> list[str]:
         "",
         *told,
         "",
+        "Where one of six like blocks trains, 10 epochs can take 10 x (6 + 2) / (6 + 10 x 3) = 2.2 times as long at",
+        "most, a backward pass being two forward passes: more is padding that the cached arm leaves out.",
+        "",
         f"`python benchmarks/frozen_training.py` on {measured_on(cases.values())}.",
     ]
 

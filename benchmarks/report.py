@@ -5,19 +5,26 @@ python benchmarks/report.py
 
 from pathlib import Path
 
+import accelerator
 import accuracy
+import cost_curves
 import distillation_cost
+import evaluation_cost
+import frozen_training
+import import_time
 import probes
 from results import Judged, markdown
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-SPEED = (probes, distillation_cost)
-"""The benchmarks of speed: each has `table()`, its section of the page, and `judged()`, its lines of the first."""
+JUDGED = (frozen_training, distillation_cost, evaluation_cost, probes, import_time)
+"""The benchmarks with targets: `judged()` are their lines of the first table, `table()` their section of the page."""
+OTHERS = (cost_curves, accelerator)
+"""Those that have a section only."""
 
 
 def judged() -> list[Judged]:
     """Every target of speed that was measured."""
-    return [line for benchmark in SPEED for line in benchmark.judged()]
+    return [line for benchmark in JUDGED for line in benchmark.judged()]
 
 
 def page() -> str:
@@ -36,7 +43,7 @@ def page() -> str:
         "",
         *markdown(["job", "against", "to reach", "measured", "reached"], [line.cells() for line in judged()]),
     ]
-    for benchmark in SPEED:
+    for benchmark in (*JUDGED, *OTHERS):
         if section := benchmark.table():
             lines += ["", *section]
     lines += [
