@@ -161,7 +161,7 @@ def _transform_facts(transform: Any) -> Any:
     if transform is None:
         return None
     if isinstance(transform, ImageTransform):
-        parts: dict[str, Any] = {"size": transform.size, "then": transform.normalise, "first": transform.geometry}
+        parts: dict[str, Any] = {"size": transform.size, "then": transform.normalise, "first": transform.still}
         if transform.augmentation is not None:
             parts |= {"augmentation": transform.augmentation, "seed": transform.seed, "drawn by": _versions()}
         return _facts(parts)
