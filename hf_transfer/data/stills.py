@@ -65,11 +65,15 @@ class Shrunk(Still):
     def _shrunk(self, image: Image) -> Image:
         from PIL.Image import Resampling
 
-        share = self.bound / min(image.size)
-        if share >= 1:
+        size = self.size_of(*image.size)
+        if size == image.size:
             return image
-        width, height = (max(self.bound, round(side * share)) for side in image.size)
-        return image.resize((width, height), Resampling.BICUBIC if self.cubic else Resampling.BILINEAR)
+        return image.resize(size, Resampling.BICUBIC if self.cubic else Resampling.BILINEAR)
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the result for an image of such a size."""
+        share = min(1, self.bound / min(width, height))
+        return round(width * share), round(height * share)
 
     def facts(self) -> dict[str, Any]:
         return {"shrunk to": self.bound, "cubic": self.cubic, "pillow": version("pillow")}

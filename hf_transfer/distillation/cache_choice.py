@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
-SPARE = 0.9  # of the free disk that a cache may take
+from ..disk import SPARE
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,6 @@ def prefers_cache(costs: CacheCosts) -> tuple[bool, str]:
         f"view{'s' if costs.views > 1 else ''} ({size:,.1f} MiB)"
     )
     return costs.cached < costs.live, f"{'cached' if costs.cached < costs.live else 'live'}: {numbers}"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk where a folder lies or will lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def cache_bytes(rows: int, numbers: int, views: int, width: int = 2) -> int:

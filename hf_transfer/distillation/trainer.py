@@ -26,13 +26,15 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
+from ..data.stored_rows import StoredRows
+from ..disk import free_bytes
 from ..errors import TransferError
 from ..objective import TEACHER_PREFIX, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
 from ..trainer import TransferTrainer
 from .cache import CachedTeacher, CacheKey, TeacherCache, write_cache
-from .cache_choice import CacheCosts, cache_bytes, free_bytes, prefers_cache
+from .cache_choice import CacheCosts, cache_bytes, prefers_cache
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
 from .live import NetworkTeacher
@@ -198,7 +200,7 @@ class DistillationTrainer(TransferTrainer):
         layered = [t.name for t in self.objectives if isinstance(t, FeatureTerm) and t.teacher_layers]
         if layered:
             return f"the terms {layered} read the teacher's layers, which are not cached."
-        if not isinstance(self.train_dataset, (Dataset, TeacherInputRows)):
+        if not isinstance(self.train_dataset, (Dataset, StoredRows, TeacherInputRows)):
             return "the training data is not a datasets.Dataset of prepare(), whose rows can be told apart."
         if "example_id" not in self.sample_batch():
             return "the rows have no example_id: prepare them with hf_transfer.data.transforms.prepare()."

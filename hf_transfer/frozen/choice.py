@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
-from ..distillation.cache_choice import SPARE, free_bytes
+from ..data.stored_rows import StoredRows
+from ..disk import SPARE, free_bytes
 from ..distillation.signature import data_signature, transform_signature
 from ..errors import TransferError
 from ..objective import CONTRACT_COLUMNS, Objective, model_inputs
@@ -307,6 +308,8 @@ def _for_model(rows: Any, model: Any) -> Any:
     """The columns that the model takes, as the Trainer chooses them, and the contract's."""
     from datasets import Dataset
 
+    if isinstance(rows, StoredRows):
+        return rows
     if not isinstance(rows, Dataset):
         raise NoCut(f"{type(rows).__name__} has no rows that can be told apart; prepare() gives a datasets.Dataset.")
     if rows.format["type"] == "custom":
