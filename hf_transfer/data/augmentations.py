@@ -19,7 +19,7 @@ from . import image_operations as ops
 from .draws import Draws
 from .random_boxes import erase, random_crops
 from .replay import borrowed_generators, seed_all
-from .resampling import crop_resize
+from .resampling import Arrays, crop_resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,10 +62,11 @@ class Augmentation:
         """Whether some operation runs image by image, on the CPU."""
         return bool(self._policies)
 
-    def crop(self, images: Sequence[np.ndarray], draws: Draws) -> Tensor:
-        """N images (H, W, C) uint8 of any sizes, or (N, H, W, C) -> (N, C, *size) uint8: a box of each."""
-        sizes = np.array([image.shape[:2] for image in images])
-        boxes, flipped = random_crops(sizes[:, 0], sizes[:, 1], draws, _PURPOSE["light"], area=(0.5, 1.0))
+    def crop(self, images: Arrays, draws: Draws) -> Tensor:
+        """A random box of each of N images -> (N, C, *size) uint8."""
+        sizes = [images.shape[1:3]] if isinstance(images, np.ndarray) else [image.shape[:2] for image in images]
+        heights, widths = np.broadcast_to(sizes, (len(draws), 2)).T
+        boxes, flipped = random_crops(heights, widths, draws, _PURPOSE["light"], area=(0.5, 1.0))
         return crop_resize(images, boxes, flipped, self.size, cubic=self.cubic)
 
     def on_images(self, pixels: Tensor, draws: Draws) -> Tensor:

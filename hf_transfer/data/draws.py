@@ -35,9 +35,9 @@ class Draws:
         return len(self.example_ids)
 
     def bits(self, purpose: int, count: int) -> Tensor:
-        """(N, count) int64, all 64 bits of which are random; `replay.key(seed, epoch, example_id, purpose, i)`."""
-        counters = torch.arange(count, device=self._rows.device)
-        return _mixed(_mixed(self._rows, purpose)[:, None], counters)
+        """(N, count) int64 of 64 random bits; [n, i] is `replay.key(seed, epoch, example_id[n], purpose << 32 | i)`."""
+        counters = torch.arange(purpose << 32, (purpose << 32) + count, device=self._rows.device)
+        return _mixed(self._rows[:, None], counters)
 
     def uniform(self, purpose: int, count: int) -> Tensor:
         """(N, count) float64 in [0, 1)."""

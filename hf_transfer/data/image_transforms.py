@@ -21,6 +21,7 @@ from .columns import EPOCH, EXAMPLE_ID
 from .decoding import decode_image, unreadable
 from .draws import Draws
 from .replay import Replayable
+from .resampling import Arrays
 from .stills import (
     SPARE_SIDE,
     Normalise,
@@ -124,22 +125,24 @@ class ImageTransform(Replayable):
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         ids = batch[EXAMPLE_ID]
-        images = [self.decoded(file, i) for file, i in zip(batch[self.column], ids, strict=True)]
         draws = Draws(self.seed, self.epoch.value, torch.tensor(ids))
-        pixels = self.on_device(self.on_host(self.still(images), draws), draws)
+        pixels = self.on_device(self.on_host(self.stills(batch[self.column], ids), draws), draws)
         rest = {name: column for name, column in batch.items() if name != self.column}
         if self.train:
             rest[EPOCH] = [self.epoch.value] * len(ids)
         return {"pixel_values": pixels, **rest}
 
-    def decoded(self, file: Any, example_id: int) -> Image:
-        """A stored image; TransferError, which names the row, if it does not decode."""
+    def stills(self, files: Sequence[Any], example_ids: Sequence[int]) -> Arrays:
+        """Stored images -> what of them is the same in every epoch; TransferError, naming the row that is bad."""
+        return self.still(self._decoded(file, i) for file, i in zip(files, example_ids, strict=True))
+
+    def _decoded(self, file: Any, example_id: int) -> Image:
         try:
             return decode_image(file, channels=self.size[0])
         except (OSError, SyntaxError, ValueError) as error:
             raise unreadable(error, example_id, "image") from error
 
-    def on_host(self, stills: Sequence[np.ndarray], draws: Draws) -> Tensor:
+    def on_host(self, stills: Arrays, draws: Draws) -> Tensor:
         """What needs the CPU: N results of `still` -> (N, C, H, W) uint8."""
         augmentation = self.augmentation
         if augmentation is None or not augmentation.crops:

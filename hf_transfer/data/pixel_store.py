@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +21,10 @@ import numpy as np
 
 from ..errors import TransferError
 from ..hub.staging import staged
+from .resampling import Arrays
 
 MANIFEST, PIXELS, IMAGES = "manifest.json", "pixels.u8", "images.npy"
+_GATHERED = 1 << 14  # bytes of an image, up to which copying a batch at once is faster than N views of the file
 _FORMAT = "hf_transfer images 1"
 
 Images = Iterable[tuple[int, np.ndarray]]
@@ -86,7 +89,8 @@ class PixelStore:
         self._pixels = np.asarray(np.memmap(folder / PIXELS, np.uint8, mode="c", shape=(self.bytes,)))
         same = bool((self._sizes == self._sizes[0]).all())
         self.shape = (*(int(side) for side in self._sizes[0]), key.channels) if same else None
-        self._stack = self._pixels.reshape(-1, *self.shape) if self.shape else None  # (R, H, W, C)
+        is_small = self.shape is not None and math.prod(self.shape) <= _GATHERED
+        self._stack = self._pixels.reshape(-1, *self.shape) if is_small else None  # (R, H, W, C)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], key: StoreKey) -> PixelStore:
@@ -122,8 +126,8 @@ class PixelStore:
             raise TransferError(f"The image store in {str(self.folder)!r} has no example_id {missing[0]}.")
         return self._order[found]
 
-    def images(self, places: np.ndarray) -> Sequence[np.ndarray]:
-        """N arrays (H, W, C) uint8, not to be written to; (N, H, W, C) where all in the store are of one size."""
+    def images(self, places: np.ndarray) -> Arrays:
+        """N arrays (H, W, C) uint8, not to be written to; (N, H, W, C) where all in the store are of one small size."""
         if self._stack is not None:
             return self._stack[places]
         return [
@@ -172,7 +176,8 @@ def write_store(
 
 
 def _write(workspace: Path, images: Images, channels: int, max_bytes: int) -> None:
-    entries, written = [], 0
+    entries: list[tuple[int, int, int]] = []
+    written = 0
     with (workspace / PIXELS).open("xb") as file:
         for example_id, image in images:
             height, width, depth = image.shape

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+Arrays = Sequence[np.ndarray] | np.ndarray
+"""Images (H, W, C) uint8: a sequence of any sizes, or one array (N, H, W, C)."""
+
 _SMALL = 40 * 40  # pixels before and after, up to which matrices are the faster way
 _EXACT = 15  # bits of a weight whose products with 8 bits sum up within the 24 bits of a float32
 
 
 def crop_resize(
-    images: Sequence[np.ndarray], boxes: np.ndarray, flipped: np.ndarray, size: tuple[int, int], *, cubic: bool
+    images: Arrays, boxes: np.ndarray, flipped: np.ndarray, size: tuple[int, int], *, cubic: bool
 ) -> Tensor:
     """Resizes a box of each image, and mirrors some left to right.
 
     Args:
-        images: N arrays (H, W, C) uint8, C being 1 or 3; or one array (N, H, W, C).
+        images: N of them, C being 1 or 3.
         boxes: (N, 4) int64: top, left, height and width of each box, in pixels and within its image.
         flipped: (N,) bool.
         size: Height and width of the result.
@@ -43,7 +46,17 @@ def crop_resize(
     return _one_by_one(images, boxes, flipped, size, cubic)
 
 
-def _stacked(images: Sequence[np.ndarray]) -> np.ndarray | None:
+def memory(shape: Sequence[int], dtype: type[np.generic]) -> Tensor:
+    """A CPU tensor that is yet to be filled.
+
+    numpy asks the kernel for huge pages where an array is large, and torch does not: of a batch at 224 px, the page
+    faults of torch's memory take longer than to normalise it. Delete this when torch.empty does
+    (https://github.com/pytorch/pytorch, THP_MEM_ALLOC_ENABLE is off by default).
+    """
+    return torch.from_numpy(np.empty(shape, dtype))
+
+
+def _stacked(images: Arrays) -> np.ndarray | None:
     """(N, H, W, C), if all are of one small size."""
     height, width, _ = shape = images[0].shape
     if height * width > _SMALL or any(image.shape != shape for image in images):
@@ -51,11 +64,9 @@ def _stacked(images: Sequence[np.ndarray]) -> np.ndarray | None:
     return images if isinstance(images, np.ndarray) else np.stack(images)
 
 
-def _one_by_one(
-    images: Sequence[np.ndarray], boxes: np.ndarray, flipped: np.ndarray, size: tuple[int, int], cubic: bool
-) -> Tensor:
+def _one_by_one(images: Arrays, boxes: np.ndarray, flipped: np.ndarray, size: tuple[int, int], cubic: bool) -> Tensor:
     mode = "bicubic" if cubic else "bilinear"
-    found = torch.empty(len(images), images[0].shape[2], *size, dtype=torch.uint8)
+    found = memory((len(images), images[0].shape[2], *size), np.uint8)
     for into, image, (top, left, height, width), flip in zip(found, images, boxes.tolist(), flipped, strict=True):
         box = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)  # (C, h, w)
         resized = interpolate(box[None], size, mode=mode, antialias=True)[0]
@@ -83,12 +94,9 @@ def _by_matrices(stack: np.ndarray, down: Tensor, across: Tensor) -> Tensor:
     pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # (N, C, H, W)
     pixels = torch.bmm(pixels.view(count, channels * height, width), across.transpose(1, 2))
-    pixels = torch.matmul(down[:, None], _rounded(pixels).view(count, channels, height, -1))  # (N, C, height, width)
-    return _rounded(pixels).to(torch.uint8)
-
-
-def _rounded(values: Tensor) -> Tensor:
-    return values.add_(0.5).floor_().clamp_(0, 255)
+    pixels = pixels.add_(0.5).clamp_(0, 255).floor_()
+    pixels = torch.matmul(down[:, None], pixels.view(count, channels, height, -1))  # (N, C, height, width)
+    return pixels.add_(0.5).clamp_(0, 255).to(torch.uint8)  # cut off, as floor does
 
 
 @lru_cache(maxsize=4096)  # small images have few different boxes

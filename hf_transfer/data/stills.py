@@ -7,7 +7,7 @@ shrunk; all others take their final size as in evaluation.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._torchvision import make_torchvision_importable
 from ..errors import TransferError
+from .resampling import Arrays, memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +27,9 @@ SPARE_SIDE = 2
 
 A crop of half the area at the narrowest aspect is 0.61 of that wide, 1.2 times the result: none is enlarged by it.
 """
+
+
+_CACHED = 1 << 17  # numbers that stay in a core's cache from one operation to the next
 
 
 class Still:
@@ -39,8 +43,8 @@ class Still:
     shape: tuple[int, int, int] | None = None
     whole = False
 
-    def __call__(self, images: Sequence[Image]) -> Sequence[np.ndarray]:
-        """N images -> N arrays (H, W, C) uint8, or (N, H, W, C)."""
+    def __call__(self, images: Iterable[Image]) -> Arrays:
+        """N images, which may be decoded one by one as they are asked for -> N arrays (H, W, C) uint8."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class Shrunk(Still):
     def __init__(self, bound: int, cubic: bool) -> None:
         self.bound, self.cubic = bound, cubic
 
-    def __call__(self, images: Sequence[Image]) -> Sequence[np.ndarray]:
+    def __call__(self, images: Iterable[Image]) -> Arrays:
         return [_array(self._shrunk(image)) for image in images]
 
     def _shrunk(self, image: Image) -> Image:
@@ -97,7 +101,7 @@ class TimmGeometry(Still):
         channels, height, width = config["input_size"]
         self.shape = (height, width, channels)
 
-    def __call__(self, images: Sequence[Image]) -> Sequence[np.ndarray]:
+    def __call__(self, images: Iterable[Image]) -> Arrays:
         return np.stack([_array(self._transform(image)) for image in images])
 
     def facts(self) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class ProcessorGeometry(Still):
         self.processor = processor
         self.shape = (*size[1:], size[0])
 
-    def __call__(self, images: Sequence[Image]) -> Sequence[np.ndarray]:
+    def __call__(self, images: Iterable[Image]) -> Arrays:
         found = self.processor(images=list(images), return_tensors="pt", do_rescale=False, do_normalize=False)
         return found["pixel_values"].permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -137,7 +141,7 @@ class ProcessorWhole(Still):
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, images: Sequence[Image]) -> Sequence[np.ndarray]:
+    def __call__(self, images: Iterable[Image]) -> Arrays:
         found = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         return found.permute(0, 2, 3, 1).numpy()
 
@@ -156,16 +160,13 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:  # (N, C, H, W) uint8, on any device
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        found = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-        for into, part in zip(_parts(found), _parts(pixels), strict=True):
+        if pixels.device.type != "cpu":
+            return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+        found = memory(pixels.shape, np.float32)
+        together = max(1, _CACHED // pixels[0].numel())
+        for into, part in zip(found.split(together), pixels.split(together), strict=True):
             into.copy_(part).div_(255).sub_(mean).div_(std)
         return found
-
-
-def _parts(pixels: Tensor) -> tuple[Tensor, ...]:
-    """A few images at a time on the CPU, so that what is computed stays in its cache; all of them elsewhere."""
-    count = len(pixels) if pixels.device.type != "cpu" else max(1, (1 << 17) // pixels[0].numel())
-    return pixels.split(count)
 
 
 class ProcessorNormalise:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def are_of_one_batch(rows: Sequence[Any]) -> bool:
     )
 
 
-def batch_pixels(rows: Sequence[StoredRow]) -> Tensor:
+def batch_pixels(rows: Sequence[Any]) -> Tensor:
     """(N, C, H, W) float32, the pixels of rows of one batch."""
     return rows[0].rows.pixels([row.place for row in rows], rows[0].epoch)
 
@@ -273,8 +274,7 @@ class _Decoding(TorchDataset[tuple[int, np.ndarray]]):
     def __getitems__(self, places: list[int]) -> list[tuple[int, np.ndarray]]:
         batch = self.rows[places]
         ids, files = batch[EXAMPLE_ID], batch[self.transform.column]
-        images = [self.transform.decoded(file, i) for file, i in zip(files, ids, strict=True)]
-        return list(zip(ids, self.transform.still(images), strict=True))
+        return list(zip(ids, self.transform.stills(files, ids), strict=True))
 
 
 def _bytes(prepared: Dataset, transform: ImageTransform) -> int:
@@ -288,10 +288,10 @@ def _bytes(prepared: Dataset, transform: ImageTransform) -> int:
     for file in prepared.with_format(None)[places.tolist()][transform.column]:
         try:
             with Image.open(BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]) as image:
-                sizes.append(np.prod(still.size_of(*image.size)))
+                sizes.append(math.prod(still.size_of(*image.size)))
         except (OSError, SyntaxError, ValueError, TypeError):  # decoding it will name the row
             continue
-    return round(len(prepared) * channels * float(np.mean(sizes or [0])))
+    return round(len(prepared) * channels * float(np.mean(sizes) if sizes else 0))
 
 
 def store_name(key: StoreKey) -> str:
