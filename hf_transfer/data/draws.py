@@ -35,7 +35,7 @@ class Draws:
         return len(self.example_ids)
 
     def bits(self, purpose: int, count: int) -> Tensor:
-        """(N, count) int64 of 64 random bits; [n, i] is `replay.key(seed, epoch, example_id[n], purpose << 32 | i)`."""
+        """(N, count) int64, 64 random bits: `replay.key(seed, epoch, example_id[n], purpose << 32 | i)` at [n, i]."""
         counters = torch.arange(purpose << 32, (purpose << 32) + count, device=self._rows.device)
         return _mixed(self._rows[:, None], counters)
 

@@ -73,7 +73,6 @@ class PixelStore:
 
     Attributes:
         bytes: Of the pixels.
-        shape: (H, W, C), if all images are of one size.
     """
 
     def __init__(self, folder: Path, key: StoreKey) -> None:
@@ -88,9 +87,9 @@ class PixelStore:
         # Copy-on-write: torch warns of memory that is read-only. Nothing is written.
         self._pixels = np.asarray(np.memmap(folder / PIXELS, np.uint8, mode="c", shape=(self.bytes,)))
         same = bool((self._sizes == self._sizes[0]).all())
-        self.shape = (*(int(side) for side in self._sizes[0]), key.channels) if same else None
-        is_small = self.shape is not None and math.prod(self.shape) <= _GATHERED
-        self._stack = self._pixels.reshape(-1, *self.shape) if is_small else None  # (R, H, W, C)
+        shape = (*self._sizes[0].tolist(), key.channels)
+        is_small = same and math.prod(shape) <= _GATHERED
+        self._stack = self._pixels.reshape(-1, *shape) if is_small else None  # (R, H, W, C)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], key: StoreKey) -> PixelStore:
@@ -127,7 +126,7 @@ class PixelStore:
         return self._order[found]
 
     def images(self, places: np.ndarray) -> Arrays:
-        """N arrays (H, W, C) uint8, not to be written to; (N, H, W, C) where all in the store are of one small size."""
+        """N arrays (H, W, C) uint8, not to be written to; one (N, H, W, C) where all images are of one small size."""
         if self._stack is not None:
             return self._stack[places]
         return [
