@@ -79,10 +79,10 @@ def _obstacle(plans: Mapping[str, StorePlan], home: Path, run: RunConfig, args: 
     """What stands against a store; None if nothing does."""
     epochs = _epochs(len(plans["train"].prepared), args)
     if run.image_store == "auto" and epochs <= 1:
-        return f"{epochs:g} epoch(s) decode no image twice."
+        return f"{round(epochs, 2):g} epoch(s) decode no image twice."
     size, free = sum(plan.bytes for plan in plans.values()), free_bytes(home)
     said = f"{'; '.join(f'{split}: {plan}' for split, plan in plans.items())}; {free / 2**20:,.0f} MiB free in {home}"
-    logger.info("Image store over %g epochs: %s", epochs, said)
+    logger.info("Image store over %g epochs: %s", round(epochs, 2), said)
     if size > run.image_store_max_bytes:
         return f"{said}: more than image_store_max_bytes={run.image_store_max_bytes:,} allows."
     if size <= SPARE * free or all((home / store_name(plan.key) / MANIFEST).exists() for plan in plans.values()):
