@@ -25,6 +25,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_cost.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probes.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input_pipeline.py --cifar ../shared/data/cifar10 --json benchmarks/input_pipeline.json
 	$(BIN)/python benchmarks/accuracy.py write
 
 format: $(INSTALLED)

@@ -1,6 +1,6 @@
 """How fast images reach the model: stored rows, and rows decoded anew, against a plain `datasets.with_transform`.
 
-    python benchmarks/input_pipeline.py --cifar ../shared/data/cifar10 --json pipeline.json
+    python benchmarks/input_pipeline.py --cifar ../shared/data/cifar10 --json benchmarks/input_pipeline.json
 
 Three loaders in one process without workers, in turn and in shuffled order; each goes through the same rows:
 plain    datasets.with_transform: Pillow, torchvision's RandomResizedCrop, flip, ToTensor, Normalize; default collate
@@ -8,6 +8,7 @@ live     hf_transfer's prepare() and collator, decoded anew
 stored   the same rows from a PixelStore
 
 At 32 px the rows are CIFAR-10's; at 224 px they are JPEGs of 500 x 375 cut from scikit-learn's two photographs.
+Then both ways of resizing a crop, image by image and by matrices (data/resampling.py), at several sizes.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ make_torchvision_importable()
 
 from torchvision import transforms as tv  # noqa: E402
 
+from hf_transfer.data import resampling  # noqa: E402
 from hf_transfer.data.collate import collator_for  # noqa: E402
 from hf_transfer.data.columns import Columns  # noqa: E402
+from hf_transfer.data.draws import Draws  # noqa: E402
+from hf_transfer.data.random_boxes import random_crops  # noqa: E402
 from hf_transfer.data.stored_rows import store_images  # noqa: E402
 from hf_transfer.data.transforms import prepare  # noqa: E402
 
@@ -62,7 +66,7 @@ class Backbone:
 
 @dataclass
 class Figure:
-    """CPU microseconds a row by loader, and the ratios plain / other: median, and the middle half of the rounds."""
+    """CPU microseconds a row, and ratios of the first way to each: median, and the middle half of the rounds."""
 
     job: str
     rows: int
@@ -132,7 +136,7 @@ def check(found: Mapping[str, DataLoader]) -> None:
         assert torch.equal(live["pixel_values"], stored["pixel_values"])
 
 
-def measured(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def measured(jobs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each job in each round, in shuffled order; a first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     order = random.Random(0)
@@ -156,13 +160,35 @@ def figure(job: str, rows: datasets.Dataset, side: int, rounds: int, *, profiled
             profile = cProfile.Profile()
             profile.runcall(jobs["stored"])
             pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+    return _figure(job, len(rows), seconds, "plain")
+
+
+def resampling_figures(rounds: int) -> list[Figure]:
+    """Crop and resize of 64 RGB images from one side to another: by the kernel, and by matrices in its place."""
+    found, generator = [], np.random.default_rng(0)
+    for side, size in ((28, 32), (32, 32), (48, 48), (96, 96), (256, 224)):
+        stack = generator.integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8)
+        draws = Draws(0, 0, torch.arange(BATCH))
+        boxes, flipped = random_crops(np.full(BATCH, side), np.full(BATCH, side), draws, 1, area=(0.5, 1.0))
+        arguments = (boxes, flipped, (size, size), False)
+        jobs = {
+            "kernel": lambda s=stack, a=arguments: resampling._one_by_one(s, *a),
+            "matrices": lambda s=stack, a=arguments: resampling._by_matrices(s, *resampling._matrices(s, *a)),
+        }
+        assert torch.equal(jobs["kernel"](), jobs["matrices"]())
+        seconds = measured(jobs, rounds)
+        found.append(_figure(f"crop of {side} px to {size} px", BATCH, seconds, "kernel"))
+    return found
+
+
+def _figure(job: str, rows: int, seconds: Mapping[str, list[float]], base: str) -> Figure:
     ratios = {}
-    for name in ("live", "stored"):
-        each = [a / b for a, b in zip(seconds["plain"], seconds[name], strict=True)]
+    for name in seconds.keys() - {base}:
+        each = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
         low, middle, high = np.percentile(each, [25, 50, 75])
         ratios[name] = (round(float(middle), 2), round(float(low), 2), round(float(high), 2))
-    micro = {name: round(median(times) / len(rows) * 1e6, 1) for name, times in seconds.items()}
-    return Figure(job, len(rows), micro, ratios)
+    micro = {name: round(median(times) / rows * 1e6, 1) for name, times in seconds.items()}
+    return Figure(job, rows, micro, ratios)
 
 
 def _run(loader: DataLoader) -> None:
@@ -187,6 +213,7 @@ def main() -> None:
         figures.append(figure("CIFAR-10 at 32 px", small, 32, options.rounds, profiled=options.profile))
     large = photographs(options.rows[1])
     figures.append(figure("JPEGs of 500 x 375 at 224 px", large, 224, options.rounds, profiled=options.profile))
+    figures += resampling_figures(options.rounds)
     for found in figures:
         print(found)
     if options.json is not None:
