@@ -66,6 +66,10 @@ class RunConfig:
         cache_dtype: What is kept of each number: "float32", "bfloat16" or "float16".
         cache_dir: Where caches lie; by default beside those of the Hub, where later runs find them.
         cache_max_bytes: The most that the cache of a run may take, from 1.
+        image_store: Whether images are decoded once, and their pixels read from disk afterwards: "always", "never", or
+            "auto", where images would be decoded more than once and there is room. What is learnt is the same.
+        image_store_dir: Where such stores lie; by default beside the Hub's caches, where later runs find them.
+        image_store_max_bytes: The most that the stores of a run may take, from 1.
 
     Raises:
         TransferError: If a size, a count or the rank is below 1, an alpha below 0, or a choice is not one of those.
@@ -98,17 +102,20 @@ class RunConfig:
     cache_dtype: Literal["float32", "bfloat16", "float16"] = flag("What the cache keeps.", default="float32")
     cache_dir: str | None = flag("Folder of the caches of frozen layers.", default=None)
     cache_max_bytes: int = flag("The most that the cache of a run may take.", default=16 * 2**30)
+    image_store: Literal["auto", "always", "never"] = flag("Whether images are decoded once.", default="auto")
+    image_store_dir: str | None = flag("Folder of the stores of decoded images.", default=None)
+    image_store_max_bytes: int = flag("The most that the image stores of a run may take.", default=16 * 2**30)
 
     def __post_init__(self) -> None:
         counts = ("image_size", "max_length", "max_train_samples", "max_eval_samples", "lora_r")
-        for name in (*counts, "cache_views", "cache_max_bytes"):
+        for name in (*counts, "cache_views", "cache_max_bytes", "image_store_max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TransferError(f"{name}={value} is not valid: it must be a whole number from 1.")
         for name in ("mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise TransferError(f"{name}={getattr(self, name)} is not valid: it must be a number from 0.")
-        for name in ("cache", "cache_dtype"):
+        for name in ("cache", "cache_dtype", "image_store"):
             valid = get_args(get_type_hints(RunConfig)[name])
             if getattr(self, name) not in valid:
                 raise TransferError(

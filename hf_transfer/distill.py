@@ -252,13 +252,14 @@ def _rows(
 ) -> tuple[dict[str, Any], Any]:
     """The splits for the student, with a teacher's own inputs where it reads rows in another way; the collator."""
     from .data.collate import collator_for
+    from .data.store_choice import stored_splits
     from .distillation.bridge import TeacherInputs, reads_otherwise, with_teacher_inputs
 
     prepared = prepare_splits(data, student, run, args)
     collator = collator_for(student, mixup=run.mixup, cutmix=run.cutmix, seed=args.seed)
     others = [teacher for teacher in teachers if reads_otherwise(teacher, student)]
     if not others:
-        return prepared, collator
+        return stored_splits(prepared, run, args), collator
     if len(teachers) > 1:
         raise TransferError(
             f"{others[0].name!r} reads text or sound in another way than the student. Of several teachers all must "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,7 +95,8 @@ def finetune(
     backbone.model = cast(Any, steps[0].apply(backbone.model))
     publish = check_output(args, backbone)
     prepared = prepare_splits(data, backbone, run, args)
-    done = train_in_phases(backbone, steps, args, lambda phase: _trainer(backbone, phase, prepared, terms, run))
+    rows = _Rows(prepared, run, args)
+    done = train_in_phases(backbone, steps, args, lambda phase: _trainer(backbone, phase, rows, terms, run))
     metrics = evaluate_splits(done.trainer, prepared)
     rates = {name: getattr(args, name) for name in ("learning_rate", "head_learning_rate", "layer_decay")}
     trained = plan(backbone.model, **rates)
@@ -176,8 +178,26 @@ def _given_terms(objectives: Sequence[Objective], run: RunConfig) -> list[Object
     return list(objectives)
 
 
+class _Rows:
+    """The splits that are trained and evaluated on; stored where a network runs whole on them, once for all phases."""
+
+    def __init__(self, prepared: dict[str, Any], run: RunConfig, args: TransferConfig) -> None:
+        self.prepared, self.run, self.args = prepared, run, args
+
+    @cached_property
+    def stored(self) -> dict[str, Any]:
+        from .data.store_choice import stored_splits
+
+        return stored_splits(self.prepared, self.run, self.args)
+
+    @property
+    def for_frozen_layers(self) -> dict[str, Any]:
+        """What a cache of frozen layers is computed from: it reads each view once, for which no store is written."""
+        return self.stored if self.run.image_store == "always" else self.prepared
+
+
 def _trainer(
-    backbone: Backbone, args: TransferConfig, prepared: dict[str, Any], terms: Sequence[Objective], run: RunConfig
+    backbone: Backbone, args: TransferConfig, rows: _Rows, terms: Sequence[Objective], run: RunConfig
 ) -> TransferTrainer:
     from .data.collate import collator_for
     from .evaluation import compute_metrics_for
@@ -185,7 +205,8 @@ def _trainer(
     from .trainer import TransferTrainer
 
     collator = collator_for(backbone, mixup=run.mixup, cutmix=run.cutmix, seed=args.seed)
-    cached = cached_data(backbone, prepared, collator, args, terms, run)
+    cached = cached_data(backbone, rows.for_frozen_layers, collator, args, terms, run)
+    prepared = rows.stored if cached is None else rows.for_frozen_layers
     return (TransferTrainer if cached is None else cached.trainer)(
         model=backbone.model,
         args=args,

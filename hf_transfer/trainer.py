@@ -372,6 +372,22 @@ class TransferTrainer(Trainer):
         own = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation_metrics().items()}
         return output._replace(metrics={**(output.metrics or {}), **own})
 
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; what is random about stored images is left to an accelerator (data/on_device.py)."""
+        from .data.on_device import handing_over
+
+        collator = self.data_collator
+        self.data_collator = handing_over(collator, self.train_dataset, self.args.device)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        from .data.on_device import finished
+
+        return finished(super()._prepare_inputs(inputs), self.train_dataset)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; a dataset never gets the persistent workers of another.
 

@@ -1,20 +1,28 @@
-"""Named random augmentations of images, by torchvision. They combine: "light+colour+occlusion"."""
+"""Named random augmentations of images. They combine: "light+colour+occlusion".
+
+There is one implementation, a batch at a time, whether the images come from their files or from a store, and whether
+it runs on the CPU or an accelerator: what is drawn is a function of (seed, epoch, example_id), by `draws.Draws`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._torchvision import make_torchvision_importable
 from ..errors import TransferError
+from . import image_operations as ops
+from .draws import Draws
+from .random_boxes import erase, random_crops
+from .replay import borrowed_generators, seed_all
+from .resampling import Arrays, crop_resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Augment = Callable[[Any], Any]
 
 AUGMENTATIONS = {
     "none": "as in evaluation",
@@ -27,84 +35,108 @@ AUGMENTATIONS = {
     "randaugment": "two random operations of moderate strength; Cubuk et al. 2019, arXiv:1909.13719",
     "trivialaugment": "one random operation of random strength; Mueller and Hutter 2021, arXiv:2103.10158",
 }
-_TENSOR = ("noise", "occlusion")  # after normalisation, in this order
+PER_IMAGE = ("randaugment", "trivialaugment")  # torchvision's, which draw from the global generators
+_ON_IMAGES = ("geometric", "photometric", "colour", *PER_IMAGE)
+_PURPOSE = {name: place for place, name in enumerate(AUGMENTATIONS)}  # what draws of a name are drawn for
 
 
 class Augmentation:
-    """The random operations of a set of names, in a fixed order: crop, then Pillow operations, then tensor operations.
+    """The random operations of a set of names, in a fixed order: crop, then on 8-bit images, then on normalised ones.
 
     Args:
         names: Of AUGMENTATIONS.
-        config: timm's data config.
+        config: timm's data config. Crops are resized by its interpolation if that is bilinear, else by bicubic.
     """
 
     def __init__(self, names: Sequence[str], config: dict[str, Any]) -> None:
-        make_torchvision_importable()
-        from timm.data.transforms import str_to_interp_mode
+        self.names = list(names)
+        self.size = tuple(config["input_size"][1:])
+        self.cubic = config["interpolation"] != "bilinear"
+        self.fill = [round(255 * mean) for mean in config["mean"]]
+        self.std = list(config["std"])
+        self.crops = "light" in names
+        self._policies = {name: _policy(name, self.fill) for name in PER_IMAGE if name in names}
 
-        self._interpolation = str_to_interp_mode(config["interpolation"])
-        self._fill = [round(255 * m) for m in config["mean"]]
-        self.crop = self._random_crop(config["input_size"][1:]) if "light" in names else None
-        self.on_images = [operation for name in names for operation in self._image_operations(name)]
-        self.on_tensors = [self._tensor_operation(name, config["std"]) for name in _TENSOR if name in names]
+    @property
+    def per_image(self) -> bool:
+        """Whether some operation runs image by image, on the CPU."""
+        return bool(self._policies)
 
-    def image(self, image: Image, geometry: Augment | None) -> Image:
-        """One image, cropped at random or else as in evaluation, then changed."""
-        image = self.crop(image) if self.crop is not None else geometry(image) if geometry is not None else image
-        for operation in self.on_images:
-            image = operation(image)
-        return image
+    def crop(self, images: Arrays, draws: Draws) -> Tensor:
+        """A random box of each of N images -> (N, C, *size) uint8."""
+        sizes = [images.shape[1:3]] if isinstance(images, np.ndarray) else [image.shape[:2] for image in images]
+        heights, widths = np.broadcast_to(sizes, (len(draws), 2)).T
+        boxes, flipped = random_crops(heights, widths, draws, _PURPOSE["light"], area=(0.5, 1.0))
+        return crop_resize(images, boxes, flipped, self.size, cubic=self.cubic)
 
-    def tensor(self, pixels: Tensor) -> Tensor:
-        """One normalised image (C, H, W), changed."""
-        for operation in self.on_tensors:
-            pixels = operation(pixels)
+    def on_images(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """(N, C, H, W) uint8, changed."""
+        for name in _ON_IMAGES:
+            if name in self._policies:
+                pixels = self._by_policy(name, pixels, draws)
+            elif name in self.names:
+                pixels = getattr(self, f"_{name}")(pixels, draws)
         return pixels
 
-    def _random_crop(self, size: Sequence[int]) -> Augment:
-        from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+    def on_tensors(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """(N, C, H, W) float32, normalised, changed in place."""
+        if "noise" in self.names:
+            share = draws.uniform(_PURPOSE["noise"], 1).float()  # (N, 1)
+            scale = 0.1 * share / torch.tensor(self.std, device=pixels.device)  # (N, C)
+            # The bits of the noise are of a purpose of their own, beside those of the names.
+            pixels = ops.add_noise(pixels, scale[..., None, None], draws, len(_PURPOSE))
+        if "occlusion" in self.names:
+            pixels = erase(pixels, draws, _PURPOSE["occlusion"])
+        return pixels
 
-        crop = RandomResizedCrop(list(size), scale=(0.5, 1.0), interpolation=self._interpolation)
-        return Compose([crop, RandomHorizontalFlip()])
+    def _geometric(self, pixels: Tensor, draws: Draws) -> Tensor:
+        turn, right, down, scale = _centred(draws.uniform(_PURPOSE["geometric"], 4)).T
+        side = torch.tensor(pixels.shape[:-3:-1], device=pixels.device)  # width, height
+        shift = (0.1 * torch.stack([right, down], dim=1) * side).round()
+        fill = torch.tensor(self.fill, dtype=torch.float32, device=pixels.device)
+        return ops.affine(pixels, torch.deg2rad(15 * turn), shift, 1 + 0.1 * scale, fill)
 
-    def _image_operations(self, name: str) -> list[Augment]:
-        from torchvision import transforms as tv
+    def _photometric(self, pixels: Tensor, draws: Draws) -> Tensor:
+        drawn = draws.uniform(_PURPOSE["photometric"], 4)
+        bright, contrasting = (1 + 0.4 * _centred(drawn[:, :2])).T
+        pixels = ops.contrast(ops.brightness(pixels, bright), contrasting)
+        pixels = ops.where(drawn[:, 2] < 0.5, ops.sharpness(pixels, torch.full_like(bright, 2.0)), pixels)
+        return ops.where(drawn[:, 3] < 0.1, ops.autocontrast(pixels), pixels)
 
-        bilinear = tv.InterpolationMode.BILINEAR
-        if name == "geometric":
-            return [tv.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear, fill=self._fill)]
-        if name == "photometric":
-            return [
-                tv.ColorJitter(brightness=0.4, contrast=0.4),
-                tv.RandomAdjustSharpness(2.0),
-                tv.RandomAutocontrast(0.1),
-            ]
-        if name == "colour":
-            return [tv.ColorJitter(0.4, 0.4, 0.4, 0.1), tv.RandomGrayscale(0.1)]
-        if name == "randaugment":  # torchvision's: timm's posterises to 0 bits, which Pillow >= 13 refuses
-            return [tv.RandAugment(2, 9, interpolation=bilinear, fill=self._fill)]
-        if name == "trivialaugment":
-            return [tv.TrivialAugmentWide(interpolation=bilinear, fill=self._fill)]
-        return []
+    def _colour(self, pixels: Tensor, draws: Draws) -> Tensor:
+        drawn = draws.uniform(_PURPOSE["colour"], 5)
+        bright, contrasting, saturated = (1 + 0.4 * _centred(drawn[:, :3])).T
+        pixels = ops.contrast(ops.brightness(pixels, bright), contrasting)
+        if pixels.shape[1] == 1:
+            return pixels
+        pixels = ops.hue(ops.saturation(pixels, saturated), 0.1 * _centred(drawn[:, 3]))
+        return ops.where(drawn[:, 4] < 0.1, ops.grey(pixels).to(torch.uint8).expand_as(pixels), pixels)
 
-    def _tensor_operation(self, name: str, std: Sequence[float]) -> Augment:
-        from torchvision.transforms import RandomErasing
+    def _by_policy(self, name: str, pixels: Tensor, draws: Draws) -> Tensor:
+        """Image by image, as Pillow images, with the global generators seeded by each row."""
+        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-        return GaussianNoise(std) if name == "noise" else RandomErasing(0.5)  # erases to 0, the mean colour
+        assert isinstance(draws.epoch, int)
+        changed = torch.empty_like(pixels)
+        with borrowed_generators():
+            for into, image, example_id in zip(changed, pixels, draws.example_ids.tolist(), strict=True):
+                seed_all(draws.seed, draws.epoch, example_id, _PURPOSE[name])
+                into.copy_(pil_to_tensor(self._policies[name](to_pil_image(image))))
+        return changed
 
 
-class GaussianNoise:
-    """Adds noise to a normalised image; its standard deviation is drawn from [0, 0.1] of the pixels' range.
+def _centred(uniform: Tensor) -> Tensor:
+    return 2 * uniform - 1
 
-    Args:
-        std: The standard deviation of the normalisation, by channel.
-    """
 
-    def __init__(self, std: Sequence[float]) -> None:
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+def _policy(name: str, fill: list[int]) -> Callable[[Image], Image]:
+    make_torchvision_importable()
+    from torchvision import transforms as tv
 
-    def __call__(self, pixels: Tensor) -> Tensor:  # (C, H, W)
-        return pixels + torch.randn_like(pixels) * (0.1 * torch.rand(())) / self.std
+    bilinear = tv.InterpolationMode.BILINEAR
+    if name == "randaugment":  # torchvision's: timm's posterises to 0 bits, which Pillow >= 13 refuses
+        return tv.RandAugment(2, 9, interpolation=bilinear, fill=fill)
+    return tv.TrivialAugmentWide(interpolation=bilinear, fill=fill)
 
 
 def parse(augment: str | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from ..errors import TransferError
 from .columns import DOMAIN, EPOCH, EXAMPLE_ID, LABELS, check_processor
 from .labels import UNLABELLED
 from .mixing import Mixing
+from .stored_rows import are_of_one_batch, batch_pixels
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 def collator_for(backbone: Backbone, *, mixup: float = 0.0, cutmix: float = 0.0, seed: int = 0) -> Collator:
@@ -91,6 +92,8 @@ class _Stack:
         pass
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        if are_of_one_batch(rows):
+            return {"pixel_values": batch_pixels(rows)}
         return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}  # (N, C, H, W)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..backbones import Backbone
+    from .stored_rows import StoredRows
 
 Modality = Literal["image", "text", "tokens", "audio"]
 
@@ -209,8 +210,12 @@ def check_processor(backbone: Backbone) -> None:
         )
 
 
-def values(dataset: Dataset, column: str) -> list[Any]:
+def values(dataset: Dataset | StoredRows, column: str) -> list[Any]:
     """A column's stored values, past any transform that the dataset carries, and without decoding another column."""
+    from .stored_rows import StoredRows
+
+    if isinstance(dataset, StoredRows):
+        return dataset.columns[column]
     return list(dataset.with_format(None).select_columns([column])[:][column])
 
 

@@ -1,7 +1,8 @@
 """Images to what a backbone takes: its own evaluation preprocessing, or random crops and augmentations for training.
 
-Training crops and augments 8-bit Pillow images, then normalises, then erases or adds noise. Evaluation is timm's
-`create_transform` for timm's networks, and the image processor itself for those of transformers.
+Evaluation is timm's `create_transform` for timm's networks, and the image processor itself for those of transformers.
+An image goes through three stages: what is the same in every epoch (stills.py, which a PixelStore keeps), the random
+crop, on the host, and the rest, which runs on whatever device the pixels are on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._torchvision import make_torchvision_importable
 from ..errors import TransferError
-from .augmentations import Augment, Augmentation, parse
+from .augmentations import Augmentation, parse
 from .columns import EPOCH, EXAMPLE_ID
 from .decoding import decode_image, unreadable
-from .replay import Replayable, borrowed_generators, seed_all
+from .draws import Draws
+from .replay import Replayable
+from .resampling import Arrays
+from .stills import (
+    SPARE_SIDE,
+    Normalise,
+    ProcessorGeometry,
+    ProcessorNormalise,
+    ProcessorWhole,
+    Shrunk,
+    Still,
+    TimmGeometry,
+    separable,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,9 +56,8 @@ class ImageTransform(Replayable):
     Args:
         column: The images.
         size: (C, H, W) of the result.
-        geometry: Pillow image -> Pillow image (or uint8 tensor) of size H x W, as in evaluation; None if `normalise`
-            does that.
-        normalise: Images -> (N, C, H, W) float32.
+        still: What is done to an image in every epoch alike.
+        normalise: (N, C, H, W) uint8 -> (N, C, H, W) float32.
         augmentation: Random operations; None for evaluation's preprocessing.
         train: Whether these are training rows.
         seed: Seed of the random operations.
@@ -55,8 +67,8 @@ class ImageTransform(Replayable):
         self,
         column: str,
         size: tuple[int, int, int],
-        geometry: Augment | None,
-        normalise: Callable[[Sequence[Image]], Tensor],
+        still: Still,
+        normalise: Callable[[Tensor], Tensor],
         augmentation: Augmentation | None = None,
         *,
         train: bool = False,
@@ -64,7 +76,7 @@ class ImageTransform(Replayable):
     ) -> None:
         super().__init__(seed)
         self.column, self.size, self.train = column, size, train
-        self.geometry, self.normalise, self.augmentation = geometry, normalise, augmentation
+        self.still, self.normalise, self.augmentation = still, normalise, augmentation
 
     @classmethod
     def for_backbone(
@@ -92,13 +104,20 @@ class ImageTransform(Replayable):
         """
         names = parse(augment) if train else []
         config = _config(backbone, image_size)
-        geometry: Augment | None = _evaluation_geometry(config)
+        size = config["input_size"]
+        augmentation = Augmentation(names, config) if names else None
+        still: Still = TimmGeometry(config)
         normalise: Any = Normalise(config["mean"], config["std"])
         if _has_own_preprocessing(backbone):
-            normalise = ProcessorNormalise(_resized(backbone.processor, image_size), whole=not names)
-            geometry = geometry if names else None
-        augmentation = Augmentation(names, config) if names else None
-        return cls(column, config["input_size"], geometry, normalise, augmentation, train=train, seed=seed)
+            processor = _resized(backbone.processor, image_size)
+            normalise = ProcessorNormalise(processor)
+            if separable(ProcessorGeometry(processor, size), normalise):
+                still = ProcessorGeometry(processor, size)
+            elif augmentation is None:
+                still = ProcessorWhole(processor)
+        if augmentation is not None and augmentation.crops:
+            still = Shrunk(SPARE_SIDE * max(size[1:]), augmentation.cubic)
+        return cls(column, size, still, normalise, augmentation, train=train, seed=seed)
 
     @property
     def random(self) -> bool:
@@ -106,64 +125,45 @@ class ImageTransform(Replayable):
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         ids = batch[EXAMPLE_ID]
-        with borrowed_generators():
-            images = [self._image(file, i) for file, i in zip(batch[self.column], ids, strict=True)]
-            pixels = self.normalise(images)  # (N, C, H, W)
-            if self.augmentation is not None:
-                pixels = self._augment_tensors(pixels, ids)
+        draws = Draws(self.seed, self.epoch.value, torch.tensor(ids))
+        pixels = self.on_device(self.on_host(self.stills(batch[self.column], ids), draws), draws)
         rest = {name: column for name, column in batch.items() if name != self.column}
         if self.train:
             rest[EPOCH] = [self.epoch.value] * len(ids)
         return {"pixel_values": pixels, **rest}
 
-    def _image(self, file: Any, example_id: int) -> Image:
+    def stills(self, files: Sequence[Any], example_ids: Sequence[int]) -> Arrays:
+        """Stored images -> what of them is the same in every epoch; TransferError, naming the row that is bad."""
+        return self.still(self._decoded(file, i) for file, i in zip(files, example_ids, strict=True))
+
+    def _decoded(self, file: Any, example_id: int) -> Image:
         try:
-            image = decode_image(file, channels=self.size[0])
+            return decode_image(file, channels=self.size[0])
         except (OSError, SyntaxError, ValueError) as error:
             raise unreadable(error, example_id, "image") from error
-        if self.augmentation is None:
-            return image if self.geometry is None else self.geometry(image)
-        seed_all(self.seed, self.epoch.value, example_id, 0)
-        return self.augmentation.image(image, self.geometry)
 
-    def _augment_tensors(self, pixels: Tensor, ids: Sequence[int]) -> Tensor:
-        assert self.augmentation is not None
-        if not self.augmentation.on_tensors:
-            return pixels
-        epoch = self.epoch.value
-        for row, example_id in zip(pixels, ids, strict=True):
-            seed_all(self.seed, epoch, example_id, 1)
-            row.copy_(self.augmentation.tensor(row))
+    def on_host(self, stills: Arrays, draws: Draws) -> Tensor:
+        """What needs the CPU: N results of `still` -> (N, C, H, W) uint8."""
+        augmentation = self.augmentation
+        if augmentation is None or not augmentation.crops:
+            stack = stills if isinstance(stills, np.ndarray) else np.stack(stills)  # (N, H, W, C)
+            pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
+        else:
+            pixels = augmentation.crop(stills, draws)
+        if augmentation is not None and augmentation.per_image:
+            pixels = augmentation.on_images(pixels, draws)
         return pixels
 
-
-class Normalise:
-    """8-bit images of one size -> (N, C, H, W) float32, (x / 255 - mean) / std: timm's bits, a batch at a time."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
-
-    def __call__(self, images: Sequence[Image]) -> Tensor:
-        stacked = np.stack([np.asarray(image) for image in images])  # (N, H, W) or (N, H, W, C)
-        pixels = torch.from_numpy(stacked if stacked.ndim == 4 else stacked[..., None]).permute(0, 3, 1, 2)
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self.mean).div_(self.std)
-
-
-class ProcessorNormalise:
-    """Images -> (N, C, H, W) float32 by a transformers image processor.
-
-    Args:
-        processor: The image processor.
-        whole: Whether it also resizes and crops, as in evaluation.
-    """
-
-    def __init__(self, processor: Any, *, whole: bool = False) -> None:
-        self.processor = processor
-        self.options = {} if whole else {"do_resize": False, "do_center_crop": False}
-
-    def __call__(self, images: Sequence[Image]) -> Tensor:
-        return self.processor(images=list(images), return_tensors="pt", **self.options)["pixel_values"]
+    def on_device(self, pixels: Tensor, draws: Draws) -> Tensor:
+        """All else, where the pixels and the draws are: what `on_host` gave -> (N, C, H, W) float32."""
+        if self.still.whole:
+            return pixels.contiguous()
+        augmentation = self.augmentation
+        if augmentation is None:
+            return self.normalise(pixels)
+        if not augmentation.per_image:
+            pixels = augmentation.on_images(pixels, draws)
+        return augmentation.on_tensors(self.normalise(pixels), draws)
 
 
 def _config(backbone: Backbone, image_size: int | None) -> dict[str, Any]:
@@ -183,17 +183,6 @@ def _config(backbone: Backbone, image_size: int | None) -> dict[str, Any]:
         given = tuple(config[name])
         config[name] = given if len(given) == channels else (sum(given) / len(given),) * channels
     return config
-
-
-def _evaluation_geometry(config: dict[str, Any]) -> Augment:
-    """timm's evaluation transform up to the Pillow image of the final size."""
-    make_torchvision_importable()
-    from timm.data.transforms_factory import create_transform
-
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    chosen = {key: config[key] for key in keys if config.get(key) is not None}
-    steps = create_transform(**chosen, is_training=False, normalize=False).transforms
-    return type(create_transform(**chosen))(steps[:-1])  # the last makes a tensor
 
 
 def _has_own_preprocessing(backbone: Backbone) -> bool:

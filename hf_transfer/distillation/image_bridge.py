@@ -48,15 +48,12 @@ class Pixels:
         Raises:
             TransferError: If the backbone has no data_config, or neither 1 nor 3 channels.
         """
-        from PIL import Image
-
         from ..data.image_transforms import ImageTransform
 
         transform = ImageTransform.for_backbone(backbone, "image", train=False)
         channels, height, width = transform.size
-        mode: Any = "L" if channels == 1 else "RGB"
-        colours: Any = (0, 255) if channels == 1 else ((0, 0, 0), (255, 255, 255), (255, 0, 0))
-        images = [Image.new(mode, (width, height), colour) for colour in colours]
+        colours = [[0], [255]] if channels == 1 else [[0, 0, 0], [255, 255, 255], [255, 0, 0]]
+        images = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, height, width)
         pixels = transform.normalise(images)[:, :, height // 2, width // 2]  # (2 or 3, C)
         swapped = channels == 3 and bool((pixels[2, 2] - pixels[1, 2]).abs() < (pixels[2, 2] - pixels[0, 2]).abs())
         return cls(pixels[1] - pixels[0], pixels[0], swapped)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,17 +14,16 @@ import torch
 from torch import Tensor
 
 from ..data.audio_transforms import AudioTransform
-from ..data.columns import EXAMPLE_ID, LABELS
 from ..data.image_transforms import ImageTransform
 from ..data.replay import EpochCounter, Replayable
+from ..data.row_digests import RowDigests
+from ..data.stored_rows import StoredRows
 from ..errors import TransferError
 from .teacher_inputs import TeacherInputRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH = 1000  # rows that are hashed at a time
-_WHOLE, _BLOCK, _BLOCKS = 1 << 16, 1 << 14, 4  # bytes: files up to _WHOLE are read whole, of others _BLOCKS blocks
 _DRAWN_BY = ("torch", "torchvision", "pillow")  # random augmentation may change with a release of one of these
 
 
@@ -36,7 +34,8 @@ def data_signature(dataset: Any) -> str:
     are read; all else is read whole.
 
     Args:
-        dataset: What `transforms.prepare` returned, also after select() or shuffle(), or a torch Subset of it.
+        dataset: What `transforms.prepare` returned, also after select() or shuffle(), or its images' store; or a torch
+            Subset of these.
 
     Returns:
         64 hexadecimal digits.
@@ -44,7 +43,7 @@ def data_signature(dataset: Any) -> str:
     Raises:
         TransferError: If it is no such dataset, or its rows have no `example_id`.
     """
-    return _hash([_rows_hash(rows.with_format("arrow")) for rows in _parts(dataset)])
+    return _hash([_digests(rows).together() for rows in _parts(dataset)])
 
 
 def transform_signature(dataset: Any) -> str:
@@ -70,7 +69,11 @@ def _hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _parts(dataset: Any) -> list[Dataset]:
+def _digests(rows: Dataset | StoredRows) -> RowDigests:
+    return rows.digests if isinstance(rows, StoredRows) else RowDigests.of(rows)
+
+
+def _parts(dataset: Any) -> list[Dataset | StoredRows]:
     """The datasets that a row is made of: the student's, and the teacher's where it has inputs of its own."""
     from datasets import Dataset
 
@@ -78,7 +81,7 @@ def _parts(dataset: Any) -> list[Dataset]:
         return [dataset.dataset, dataset.teacher_rows.select(dataset.places)]
     if type(dataset) is torch.utils.data.Subset:  # what a subclass gives is not known
         return [rows.select(list(dataset.indices)) for rows in _parts(dataset.dataset)]
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, (Dataset, StoredRows)):
         raise TransferError(
             f"A teacher cache needs data whose rows can be told apart: a datasets.Dataset from "
             f"hf_transfer.data.transforms.prepare(), got {type(dataset).__name__}. Use the teacher live for others."
@@ -86,82 +89,11 @@ def _parts(dataset: Any) -> list[Dataset]:
     return [dataset]
 
 
-def _rows_hash(rows: Dataset) -> str:
-    """A hash of one dataset, which gives Arrow tables."""
-    if EXAMPLE_ID not in rows.column_names:
-        raise TransferError(
-            f"A teacher cache is keyed by {EXAMPLE_ID!r}, and the data has no such column; it has "
-            f"{', '.join(rows.column_names)}. Prepare it with hf_transfer.data.transforms.prepare()."
-        )
-    names = sorted(set(rows.column_names) - {EXAMPLE_ID, LABELS})
-    ids, digests = [], []
-    for table in rows.iter(_BATCH):
-        ids.append(table[EXAMPLE_ID].to_numpy().astype(np.int64))
-        digests += _row_digests([_cells(table[name]) for name in names], len(table))
-    example_ids = np.concatenate([np.empty(0, np.int64), *ids])
-    whole = hashlib.sha256(json.dumps(names).encode())
-    for i in np.argsort(example_ids, kind="stable"):
-        whole.update(int(example_ids[i]).to_bytes(8, "little"))
-        whole.update(digests[i])
-    return whole.hexdigest()
-
-
-def _row_digests(columns: list[list[bytes]], rows: int) -> list[bytes]:
-    digests = []
-    for i in range(rows):
-        digest = hashlib.blake2b(digest_size=16)
-        for cells in columns:
-            digest.update(len(cells[i]).to_bytes(8, "little"))  # so that no byte can move to the next column
-            digest.update(cells[i])
-        digests.append(digest.digest())
-    return digests
-
-
-def _cells(column: Any) -> list[bytes]:
-    """A column of an Arrow table, each cell as bytes: those of int32 and int64 token ids are the same."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-
-    array = column.combine_chunks()
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    if is_list and pa.types.is_integer(array.type.value_type) and not array.null_count and len(array):
-        values = array.flatten()  # of these rows only, whatever the slice
-        if not values.null_count:
-            ends = np.cumsum(array.value_lengths().to_numpy(zero_copy_only=False))
-            cut = np.split(values.to_numpy(zero_copy_only=False).astype(np.int64), ends[:-1])
-            return [part.tobytes() for part in cut]
-    return [_content(cell) for cell in array.to_pylist()]
-
-
-def _content(value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:  # an image or a sound
-        if value["bytes"] is not None:
-            return value["bytes"]
-        return b"" if value["path"] is None else _file(Path(value["path"]))
-    return json.dumps(value, default=lambda x: x.hex() if isinstance(x, bytes) else str(x)).encode()
-
-
-def _file(path: Path) -> bytes:
-    """Size and blocks of a file; never where this machine keeps it."""
-    if not path.is_file():
-        return path.name.encode()
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            return file.read()
-        blocks = [size.to_bytes(8, "little")]
-        for i in range(_BLOCKS):
-            file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
-            blocks.append(file.read(_BLOCK))
-    return b"".join(blocks)
-
-
 def _transform_facts(transform: Any) -> Any:
     if transform is None:
         return None
     if isinstance(transform, ImageTransform):
-        parts: dict[str, Any] = {"size": transform.size, "then": transform.normalise, "first": transform.geometry}
+        parts: dict[str, Any] = {"size": transform.size, "then": transform.normalise, "first": transform.still}
         if transform.augmentation is not None:
             parts |= {"augmentation": transform.augmentation, "seed": transform.seed, "drawn by": _versions()}
         return _facts(parts)

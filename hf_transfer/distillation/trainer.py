@@ -27,12 +27,14 @@ from transformers import EvalPrediction
 
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
+from ..data.stored_rows import StoredRows
+from ..disk import free_bytes
 from ..errors import TransferError
 from ..objective import TEACHER_PREFIX, UNLABELLED, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
 from ..store.decision import Costs, epochs_of
-from ..store.folders import cache_folder, free_bytes
+from ..store.folders import cache_folder
 from ..trainer import TransferTrainer
 from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
 from .config import DistillationConfig
@@ -206,7 +208,7 @@ class DistillationTrainer(TransferTrainer):
         layered = [t.name for t in self.objectives if isinstance(t, FeatureTerm) and t.teacher_layers]
         if layered:
             return f"the terms {layered} read the teacher's layers, which are not cached."
-        if not isinstance(self.train_dataset, (Dataset, TeacherInputRows)):
+        if not isinstance(self.train_dataset, (Dataset, StoredRows, TeacherInputRows)):
             return "the training data is not a datasets.Dataset of prepare(), whose rows can be told apart."
         if "example_id" not in self.sample_batch():
             return "the rows have no example_id: prepare them with hf_transfer.data.transforms.prepare()."

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from ..data.columns import EXAMPLE_ID
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
+from ..data.stored_rows import StoredRows
+from ..disk import SPARE, free_bytes
 from ..distillation.signature import data_signature, transform_signature
 from ..errors import TransferError
 from ..objective import CONTRACT_COLUMNS, Objective, model_inputs
-from ..store.decision import SPARE, Costs, epochs_of
-from ..store.folders import cache_folder, free_bytes
+from ..store.decision import Costs, epochs_of
+from ..store.folders import cache_folder
 from ..store.manifest import MANIFEST
 from .cache import CacheKey, PrefixCache, row_bytes, write_prefix_cache
 from .cut import Cut, NoCut, lowest_trained
@@ -306,6 +308,8 @@ def _for_model(rows: Any, model: Any) -> Any:
     """The columns that the model takes, as the Trainer chooses them, and the contract's."""
     from datasets import Dataset
 
+    if isinstance(rows, StoredRows):
+        return rows
     if not isinstance(rows, Dataset):
         raise NoCut(f"{type(rows).__name__} has no rows that can be told apart; prepare() gives a datasets.Dataset.")
     if rows.format["type"] == "custom":

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..data.columns import EXAMPLE_ID
 from ..data.replay import Replayable
+from ..data.stored_rows import StoredRows
 from .cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -32,18 +33,17 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
     The trainer sets its epoch; epoch e shows view e % views, as augmented as the uncached rows are in that epoch.
 
     Args:
-        rows: What `data.transforms.prepare` returned. Its inputs are not read, those of texts excepted.
+        rows: What `data.transforms.prepare` returned, or its images' store. Its inputs are not read, those of texts
+            excepted.
         cache: Of these rows.
         number: Which of the collator's caches it is.
     """
 
-    def __init__(self, rows: Dataset, cache: PrefixCache, number: int) -> None:
+    def __init__(self, rows: Dataset | StoredRows, cache: PrefixCache, number: int) -> None:
         Replayable.__init__(self)
-        kept = [name for name in rows.column_names if rows.features[name].__class__.__name__ not in ("Image", "Audio")]
         self.number, self.views = number, cache.views
-        self.images = "input_ids" not in kept
-        columns = rows.with_format(None).select_columns(kept).to_dict()
-        self._columns: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
+        self._columns = rows.columns if isinstance(rows, StoredRows) else _columns(rows)
+        self.images = "input_ids" not in self._columns
 
     @property
     def random(self) -> bool:
@@ -60,6 +60,12 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [self[row] for row in rows]
+
+
+def _columns(rows: Dataset) -> dict[str, list[Any]]:
+    kept = [name for name in rows.column_names if rows.features[name].__class__.__name__ not in ("Image", "Audio")]
+    columns = rows.with_format(None).select_columns(kept).to_dict()
+    return {name: list(values) for name, values in columns.items()}
 
 
 class CachedCollator:

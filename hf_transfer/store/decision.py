@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SPARE = 0.9  # of the free disk that a cache may take
+from ..disk import SPARE
 
 
 @dataclass(frozen=True)

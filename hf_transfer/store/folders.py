@@ -39,13 +39,6 @@ def default_home(home: str) -> Path:
     return Path(constants.HF_HOME) / "hf_transfer" / home
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk where a folder lies or will lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 @dataclass(frozen=True)
 class Found:
     """A cache that lies somewhere.

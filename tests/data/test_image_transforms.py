@@ -107,13 +107,17 @@ def processors():
             t.MobileNetV2ImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
             "center", 32 / 36,
         ),
+        "mobilevit": (
+            t.MobileViTImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+            "center", 32 / 36,
+        ),
         "levit": (
             t.LevitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), "center", 1.0,
         ),
     }  # fmt: skip
 
 
-NAMES = ["vit", "clip", "dinov2", "convnext", "deit", "efficientnet", "mobilenet_v2", "levit"]
+NAMES = ["vit", "clip", "dinov2", "convnext", "deit", "efficientnet", "mobilenet_v2", "mobilevit", "levit"]
 
 
 def transformers_backbone(name: str) -> FakeBackbone:
@@ -194,7 +198,7 @@ def test_every_augmentation_runs_on_very_many_seeds(image_rows, augment, size):
 
 @pytest.mark.parametrize("augment", [name for name in AUGMENTATIONS if name != "none"])
 def test_every_augmentation_changes_images(image_rows, augment):
-    rows, backbone = image_rows(8), timm_backbone()
+    rows, backbone = image_rows(20), timm_backbone()
     plain = pixels(prepare(rows, backbone, IMAGES, train=False))
     changed = pixels(prepare(rows, backbone, IMAGES, train=True, augment=augment))
     assert (plain != changed).flatten(1).any(dim=1).sum() >= 3
@@ -224,7 +228,7 @@ def test_occlusion_erases_to_the_mean_colour(image_rows):
     assert (found.permute(0, 2, 3, 1)[erased] == 0).all()
     share = erased.float().mean((1, 2))
     assert 4 <= (share > 0).sum() <= 16
-    assert share.max() <= 0.34
+    assert share.max() <= 0.36  # sides are whole pixels
 
 
 def test_noise_is_measured_in_the_pixels_range(image_rows):

@@ -73,7 +73,9 @@ def photo(mode: str = "RGB", side: int = 24) -> Image.Image:
 
 def as_prepared(image: Image.Image, backbone: Backbone) -> Tensor:
     """(1, C, H, W): the image by the backbone's own pipeline, without resizing."""
-    return ImageTransform.for_backbone(backbone, "image", train=False).normalise([image])
+    array = np.array(image)
+    pixels = torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    return ImageTransform.for_backbone(backbone, "image", train=False).normalise(pixels[None])
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
