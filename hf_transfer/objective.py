@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
+_TINY = torch.finfo(torch.float32).tiny
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
 TEACHER_PREFIX = "teacher_"
 """Columns that begin so are a teacher's own inputs, where it reads the rows in another way than the model."""
@@ -191,6 +192,9 @@ class Learner(nn.Module):
         model: Any model whose output has logits.
         objectives: The terms; their names must differ.
         anatomy: Where the classifier is; needed if a term `uses_features`.
+
+    Attributes:
+        trained: The parameters that have gradients, once a trainer knows; None before.
     """
 
     def __init__(self, model: nn.Module, objectives: Sequence[Objective], anatomy: Anatomy | None) -> None:
@@ -200,6 +204,8 @@ class Learner(nn.Module):
             raise TransferError(f"Two terms share a name: {names}. Pass name=... to tell them apart in the log.")
         self.model = model
         self.objectives = nn.ModuleList(objectives)
+        self._terms = list(objectives)
+        self.trained: list[nn.Parameter] | None = None
         self.anatomy = anatomy
         for term in objectives:
             term.prepare(model, anatomy)
@@ -213,9 +219,17 @@ class Learner(nn.Module):
         layers = dict.fromkeys(layer for term in self.terms() for layer in term.student_layers)
         return Taps(self.model, classifier, inputs=True), Taps(self.model, list(layers))
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As a module's, over `trained` where a trainer has set it: looking for the parameters takes longer."""
+        if self.trained is None or not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for parameter in self.trained:
+            parameter.grad = None
+
     def terms(self) -> list[Objective]:
         """The terms, in the order given."""
-        return list(self.objectives)  # type: ignore[arg-type]
+        return self._terms
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of this batch by term, for the terms that count them."""
@@ -226,7 +240,7 @@ class Learner(nn.Module):
         self,
         batch: dict[str, Any],
         progress: float = 0.0,
-        counts: Mapping[str, Tensor] | None = None,
+        counts: Mapping[str, Tensor | float] | None = None,
         micro_batches: int = 1,
         teacher: Any = None,
     ) -> Signal:
@@ -249,17 +263,18 @@ class Learner(nn.Module):
         values = self._means(terms, step, counts, micro_batches)
         loss = None
         for term in terms:
-            weighted = values[term.name] * term.weight_at(progress)
+            weight = term.weight_at(progress)
+            weighted = values[term.name] if weight == 1 else values[term.name] * weight
             loss = weighted if loss is None else loss + weighted
         return Signal(loss, step.outputs, {name: value.detach() for name, value in values.items()})
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
+        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor | float], micro_batches: int
     ) -> dict[str, Tensor]:
         """Each term's share of its mean over the whole accumulated batch, by name."""
         return {term.name: self._mean(term, step, counts, micro_batches) for term in terms}
 
-    def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+    def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor | float], micro_batches: int) -> Tensor:
         value = term(step)
         if term.name in counts:
             return over_items(wide(value).sum(), counts[term.name])
@@ -304,14 +319,16 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def over_items(total: Tensor, count: Tensor) -> Tensor:
+def over_items(total: Tensor, count: Tensor | float) -> Tensor:
     """A sum of values divided by their number; 0 where there are none."""
-    return total / count.to(total.device).clamp(min=torch.finfo(torch.float32).tiny)
+    if isinstance(count, float):
+        return total / max(count, _TINY)
+    return total / count.to(total.device).clamp(min=_TINY)
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def logits_of(outputs: Any) -> Tensor:

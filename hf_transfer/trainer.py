@@ -9,6 +9,7 @@ ordinary one, with the terms' own state in a file beside it.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,13 @@ from ._torchvision import make_torchvision_importable
 
 make_torchvision_importable()
 
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
 from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
@@ -42,9 +46,12 @@ from .objective import (  # noqa: E402
     logits_of,
     model_inputs,
 )
+from .pending_losses import PendingLosses  # noqa: E402
 from .plans import plan  # noqa: E402
 from .schedulers import DECAYS, decay_schedule  # noqa: E402
+from .stepping import PreparedOptimizer, SparingCallbackHandler  # noqa: E402
 from .transfer_config import TransferConfig  # noqa: E402
+from .traversals import Traversals  # noqa: E402
 
 if TYPE_CHECKING:
     from .weights import ExponentialAverage
@@ -82,11 +89,18 @@ class TransferTrainer(Trainer):
     def __init__(self, *args: Any, objectives: Sequence[Objective] | None = None, **kwargs: Any) -> None:
         self.learner: Learner | None = None
         self.ema: ExponentialAverage | None = None
-        self._counts: dict[str, Tensor] | None = None
+        self._counts: dict[str, Tensor | float] | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._terms_logged_at = 0
         self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
+        self._walks: Traversals | None = None  # None where the stock Trainer's step runs
+        self._losses = PendingLosses()
+        self._flops_an_input: int | None = None
         super().__init__(*args, **kwargs)
+        seen = self.callback_handler
+        self.callback_handler = SparingCallbackHandler(
+            seen.callbacks, seen.model, seen.processing_class, seen.optimizer, seen.lr_scheduler
+        )
         self.objectives = list(objectives or ())
         if self.objectives:
             self._take_objectives()
@@ -100,6 +114,8 @@ class TransferTrainer(Trainer):
         self._add_own_callbacks()
 
     def _add_own_callbacks(self) -> None:
+        if self._option("stop_on_nonfinite_loss"):
+            self.add_callback(_StopAtNonFiniteLoss(self))
         if self._option("ema_decay"):
             self.add_callback(_UpdateAverage(self))
         if self._option("early_stopping_patience"):
@@ -156,13 +172,37 @@ class TransferTrainer(Trainer):
             self.ema = ExponentialAverage(self.model, self.args.ema_decay)
         self._term_sums, self._terms_logged_at = {}, self.state.global_step
         self._log_plan()
+        self._losses = PendingLosses()
         if self.learner is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
             self._build_learner()
         self.before_training(max_steps)
         with self._learner_in_place():
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _prepared(self, *args: Any) -> Any:
+        if self._why_stock_step() is None:
+            optimizer: Any = self.create_optimizer()
+            if not isinstance(optimizer, AcceleratedOptimizer):
+                accelerator: Any = self.accelerator
+                self.optimizer = PreparedOptimizer(optimizer, accelerator.device_placement, accelerator.scaler)
+        return super()._prepare_for_training(*args)
+
+    def _why_stock_step(self) -> str | None:
+        """What of the arguments only the stock Trainer's own step knows; None where ours does the same."""
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in plain or self.is_fsdp_enabled:
+            return f"{self.accelerator.distributed_type} training"
+        asked = {
+            "a parallelism_config": getattr(self.accelerator, "parallelism_config", None) is not None,
+            "a model that is sharded as it loads": self.is_distributed_loading_by_transformers,
+            f"optim={self.args.optim!r}": "lomo" in str(self.args.optim),
+            "several GPUs in one process": self.args.n_gpu > 1,
+            "torch_empty_cache_steps": self.args.torch_empty_cache_steps is not None,
+            "SageMaker's model parallelism": is_sagemaker_mp_enabled(),
+        }
+        return next((what for what, given in asked.items() if given), None)
 
     def _log_plan(self) -> None:
         if self.is_world_process_zero() and _anatomy(self.model) is not None:
@@ -272,13 +312,15 @@ class TransferTrainer(Trainer):
             self._counts = self._counts_over_processes(samples)
         return samples, items
 
-    def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | float]:
         """Items by term, divided by the number of processes, over which the engine averages gradients."""
         assert self.learner is not None
         counted = [self.learner.counts(batch) for batch in batches]
         names = list(counted[0])
         if not names:
             return {}
+        if self.args.world_size == 1 and self.args.device.type == "cpu":  # numbers cost less, and none waits for them
+            return {name: float(sum(count[name].item() for count in counted)) for name in names}
         totals = torch.stack(
             [torch.stack([count[name].double().to(self.args.device) for count in counted]).sum() for name in names]
         )
@@ -286,32 +328,76 @@ class TransferTrainer(Trainer):
         return dict(zip(names, totals, strict=True))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; stops at a loss that is not finite, before the optimizer uses its gradient."""
+        """As the Trainer's, without a walk through the network; remembers the loss for `stop_if_not_finite`."""
         ids = inputs.get("example_id")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._walks is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._option("stop_on_nonfinite_loss"):
+                self._losses.add(loss, ids)
+            return loss
+        self._walks.train()
+        if hasattr(self.optimizer, "train"):
+            cast(Any, self.optimizer).train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            with_counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = with_counts or self.compute_loss_func is not None
+        if not scaled:
+            loss = loss / self.current_gradient_accumulation_steps
         if self._option("stop_on_nonfinite_loss"):
-            self._stop_if_not_finite(loss, ids)
-        return loss
+            self._losses.add(loss.detach(), ids)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
-    def _stop_if_not_finite(self, loss: Tensor, ids: Tensor | None) -> None:
-        """On every process at once: the gradient of one is in the average of all, and none may save it."""
-        finite = torch.isfinite(loss)
-        if self.args.world_size > 1 and not self.accelerator.reduce(finite.float(), "mean") == 1 and finite:
-            raise NonFiniteLoss(
-                f"The training loss of another process is not finite at step {self.state.global_step}; its message "
-                "names the examples."
-            )
-        if not finite:
-            raise NonFiniteLoss(self._describe_nonfinite(loss, ids))
+    def stop_if_not_finite(self) -> None:
+        """Before the optimizer uses the gradients of the losses since its last step.
 
-    def _describe_nonfinite(self, loss: Tensor, ids: Tensor | None) -> str:
+        On every process at once: the gradient of one is in the average of all, and none may save it.
+
+        Raises:
+            NonFiniteLoss: If one of them is NaN or infinite.
+        """
+        found = self._losses.first_bad()
+        if self.args.world_size > 1:
+            bad = torch.tensor(float(found is not None), device=self.args.device)
+            if self.accelerator.reduce(bad, "sum") > 0 and found is None:
+                raise NonFiniteLoss(
+                    f"The training loss of another process is not finite at step {self.state.global_step}; its "
+                    "message names the examples."
+                )
+        if found is not None:
+            raise NonFiniteLoss(self._describe_nonfinite(*found))
+
+    def _describe_nonfinite(self, loss: float, ids: Tensor | None) -> str:
         rows = "unknown (the data has no example_id column)" if ids is None else str(ids.tolist())
         kept = last_complete_checkpoint(self.args.output_dir)
         return (
-            f"The training loss is {loss.item()} at step {self.state.global_step}. Examples in the batch: {rows}. "
+            f"The training loss is {loss} at step {self.state.global_step}. Examples in the batch: {rows}. "
             f"The weights were not updated with it; last good checkpoint: {kept or 'none was saved'}. "
             "Look at these rows, lower learning_rate, set max_grad_norm, or train in bf16 instead of fp16."
         )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._walks is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self._walks.parameters, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._walks is not None:
+            self.accelerator.unscale_gradients()
+            grad_norm = nn.utils.clip_grad_norm_(self._walks.parameters, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which counts the network's parameters anew for every batch."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if self._flops_an_input is None or main not in inputs:
+            return super().floating_point_ops(inputs)
+        return self._flops_an_input * inputs[main].numel()
 
     def compute_loss(
         self,
@@ -421,13 +507,30 @@ class TransferTrainer(Trainer):
                 sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
             elif hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+        self._find_what_steps_touch(model)
+        try:
+            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+        finally:
+            self._walks = None
+
+    def _find_what_steps_touch(self, model: nn.Module) -> None:
+        """Once an epoch; a callback that exchanges modules or thaws parameters is heeded from the next one on."""
+        stock = self._why_stock_step()
+        if stock is not None:
+            logger.info("The stock Trainer's step runs, because of %s.", stock)
+            return
+        self._walks = Traversals(model)
+        if self.learner is not None and model is self.learner:
+            self.learner.trained = self._walks.parameters
+        self._flops_an_input = None
+        if hasattr(self.model, "num_parameters"):
+            self._flops_an_input = 6 * self.model.num_parameters(exclude_embeddings=True)
 
     # ---- log --------------------------------------------------------------------------------------------------------
 
     def _add_terms(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also carries every term's unweighted mean, under its own name."""
@@ -564,6 +667,16 @@ class _UpdateAverage(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
+
+
+class _StopAtNonFiniteLoss(TrainerCallback):
+    """Looks at the losses before the optimizer uses their gradients."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_not_finite()
 
 
 class _LogToLogger(TrainerCallback):

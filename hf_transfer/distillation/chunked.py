@@ -140,7 +140,7 @@ class ChunkedLearner(Learner):
         )  # fmt: skip
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
+        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor | float], micro_batches: int
     ) -> dict[str, Tensor]:
         if not self.training or not terms:
             return super()._means(terms, step, counts, micro_batches)

@@ -72,7 +72,39 @@ class PrefixCache(TeacherCache):
         Raises:
             TransferError: If a row or view is not in the cache, or a row has another number of tokens there.
         """
-        found = self.signal(example_id, view, attention_mask if self._per_token else None).features
+        return self._as_kept(self.signal(example_id, view, attention_mask if self._per_token else None))
+
+    def places(self, example_ids: np.ndarray, view: int) -> np.ndarray:
+        """Where rows are, for `at`.
+
+        Args:
+            example_ids: (N,) integers, in any order.
+            view: In [0, views).
+
+        Returns:
+            (N,) integers.
+
+        Raises:
+            TransferError: If a row or view is not in the cache, or it holds a value for each token.
+        """
+        if self._per_token:
+            raise TransferError(f"The cache in {str(self.folder)!r} holds tokens: read it by values().")
+        return self._find(example_ids, view)
+
+    def at(self, places: np.ndarray) -> Tensor:
+        """What crosses the cut for rows that `places` found: as `values`, without looking for them again.
+
+        Args:
+            places: (N,) of its integers.
+
+        Returns:
+            (N, ...) on the CPU in the dtype it was kept in.
+        """
+        shard = np.searchsorted(self._first_row, places, side="right") - 1  # (N,)
+        return self._as_kept(self.kept.signal(self._read(shard, places - self._first_row[shard]), None, self.classes))
+
+    def _as_kept(self, signal: TeacherSignal) -> Tensor:
+        found = signal.features
         assert found is not None
         return found.view(torch.bfloat16) if self.kept.dtype == "bfloat16" else found
 

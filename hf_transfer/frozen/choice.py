@@ -134,19 +134,24 @@ class _Plan:
     def carried_out(self) -> CachedData:
         computed_in = str(_autocast(self.args))
         prefix = self.cut.fingerprint(self.backbone.anatomy, computed_in)
-        train, folder = self._key(prefix, self.train, self.views)
+        key, folder = self._key(prefix, self.train, self.views)
         self._say_and_check(folder)
         if self.run.cache == "auto" and not (folder / "manifest.json").exists():
             self._compare()
-        caches = [self._write(folder, train, self.train)]
+        caches = [self._write(folder, key, self.train)]
         validation: Any = self.whole_validation
         if self.validation is not None:
             key, folder = self._key(prefix, self.validation, 1)
             caches.append(self._write(folder, key, self.validation))
-            validation = CachedRows(self.validation, caches[1], 1)
-        return CachedData(
-            self.cut, CachedRows(self.train, caches[0], 0), validation, CachedCollator(self.collator, caches)
-        )
+            validation = self._rows(self.validation, caches[1], 1)
+        train = self._rows(self.train, caches[0], 0)
+        return CachedData(self.cut, train, validation, CachedCollator(self.collator, caches))
+
+    def _rows(self, rows: Any, cache: PrefixCache, number: int) -> CachedRows:
+        """Without their tokens, where neither the rest of the network nor the count of tokens reads them."""
+        text = "input_ids" in rows.column_names
+        tokens = text and (self.cut.steps is None or self.args.include_num_input_tokens_seen != "no")
+        return CachedRows(rows, cache, number, None if tokens or self.cut.per_token else self.collator)
 
     # ---- what stands against it -------------------------------------------------------------------------------------
 

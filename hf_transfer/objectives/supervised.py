@@ -35,13 +35,16 @@ def cross_entropy(
         (...), 0 at unlabelled items.
     """
     logits = _wide(logits)
-    labelled = labelled_items(labels)  # (...)
     flat = logits.reshape(-1, logits.shape[-1])  # (M, C)
-    targets = labels.to(logits.dtype).reshape_as(flat) if labels.is_floating_point() else labels.reshape(-1)
+    soft = labels.is_floating_point()
+    targets = labels.to(logits.dtype).reshape_as(flat) if soft else labels.reshape(-1)
     weights = None if class_weights is None else class_weights.to(logits)
     loss = F.cross_entropy(
         flat, targets, weight=weights, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="none"
     )
+    if not soft:
+        return loss.view(labels.shape)  # ignored items are 0 already
+    labelled = labelled_items(labels)  # (...)
     return torch.where(labelled, loss.view(labelled.shape), 0)
 
 
