@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
-_TINY = torch.finfo(torch.float32).tiny
+
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
 TEACHER_PREFIX = "teacher_"
 """Columns that begin so are a teacher's own inputs, where it reads the rows in another way than the model."""
@@ -164,6 +164,14 @@ class Objective(nn.Module):
         """The term's value: 0-d where `count` is None, else one value an item (any shape; items not counted are 0)."""
         raise NotImplementedError
 
+    def own_mean(self, step: Step) -> Tensor | None:
+        """The mean over one batch alone, 0-d, where there is a cheaper way to it than by `forward` and `count`.
+
+        Returns:
+            The mean; None (the default) where there is none.
+        """
+        return None
+
     def extra_repr(self) -> str:
         """What it was made with, as far as attributes of its own tell."""
         told = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
@@ -240,7 +248,7 @@ class Learner(nn.Module):
         self,
         batch: dict[str, Any],
         progress: float = 0.0,
-        counts: Mapping[str, Tensor | float] | None = None,
+        counts: Mapping[str, Tensor] | None = None,
         micro_batches: int = 1,
         teacher: Any = None,
     ) -> Signal:
@@ -250,7 +258,7 @@ class Learner(nn.Module):
             batch: A collated batch on the model's device, with the contract's columns.
             progress: Share of training done, in [0, 1].
             counts: Each counting term's items in the whole accumulated batch, divided by the number of processes
-                (engines average gradients over processes). This batch's own counts by default.
+                (engines average gradients over processes). None: this batch is the whole one, on one process.
             micro_batches: Number of batches that are accumulated before the optimizer steps.
             teacher: The teacher's signal for this batch.
 
@@ -258,9 +266,10 @@ class Learner(nn.Module):
             The loss (None where no term applies), the outputs, and each term's unweighted share of the log.
         """
         step = self._run(batch, progress, teacher)
-        counts = self.counts(batch) if counts is None else counts
-        terms = [term for term in self.terms() if self.training or (term.in_evaluation and step.labels is not None)]
-        values = self._means(terms, step, counts, micro_batches)
+        terms = self._terms
+        if not self.training:
+            terms = [term for term in terms if term.in_evaluation and step.labels is not None]
+        values = self._means(terms, step, batch, counts, micro_batches)
         loss = None
         for term in terms:
             weight = term.weight_at(progress)
@@ -269,15 +278,30 @@ class Learner(nn.Module):
         return Signal(loss, step.outputs, {name: value.detach() for name, value in values.items()})
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor | float], micro_batches: int
+        self,
+        terms: Sequence[Objective],
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
     ) -> dict[str, Tensor]:
         """Each term's share of its mean over the whole accumulated batch, by name."""
-        return {term.name: self._mean(term, step, counts, micro_batches) for term in terms}
+        return {term.name: self._mean(term, step, batch, counts, micro_batches) for term in terms}
 
-    def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor | float], micro_batches: int) -> Tensor:
+    def _mean(
+        self,
+        term: Objective,
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
+    ) -> Tensor:
+        if counts is None and (mean := term.own_mean(step)) is not None:
+            return mean
+        count = term.count(batch) if counts is None else counts.get(term.name)
         value = term(step)
-        if term.name in counts:
-            return over_items(wide(value).sum(), counts[term.name])
+        if count is not None:
+            return over_items(wide(value).sum(), count)
         if value.dim() != 0:
             raise TransferError(
                 f"The term '{term.name}' returned values of shape {tuple(value.shape)} but counts no items: "
@@ -319,11 +343,9 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def over_items(total: Tensor, count: Tensor | float) -> Tensor:
+def over_items(total: Tensor, count: Tensor) -> Tensor:
     """A sum of values divided by their number; 0 where there are none."""
-    if isinstance(count, float):
-        return total / max(count, _TINY)
-    return total / count.to(total.device).clamp(min=_TINY)
+    return total / count.to(total.device).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class TransferTrainer(Trainer):
     def __init__(self, *args: Any, objectives: Sequence[Objective] | None = None, **kwargs: Any) -> None:
         self.learner: Learner | None = None
         self.ema: ExponentialAverage | None = None
-        self._counts: dict[str, Tensor | float] | None = None
+        self._counts: dict[str, Tensor] | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._terms_logged_at = 0
         self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
@@ -172,7 +172,7 @@ class TransferTrainer(Trainer):
             self.ema = ExponentialAverage(self.model, self.args.ema_decay)
         self._term_sums, self._terms_logged_at = {}, self.state.global_step
         self._log_plan()
-        self._losses = PendingLosses()
+        self._losses, self._walks = PendingLosses(), None
         if self.learner is None:
             return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
@@ -309,18 +309,17 @@ class TransferTrainer(Trainer):
         if self.learner is not None and samples:
             if not self.learner.training:  # an evaluation came between; terms count more in training
                 self.learner.train()
-            self._counts = self._counts_over_processes(samples)
+            alone = len(samples) == 1 and self.args.world_size == 1
+            self._counts = None if alone else self._counts_over_processes(samples)
         return samples, items
 
-    def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | float]:
+    def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items by term, divided by the number of processes, over which the engine averages gradients."""
         assert self.learner is not None
         counted = [self.learner.counts(batch) for batch in batches]
         names = list(counted[0])
         if not names:
             return {}
-        if self.args.world_size == 1 and self.args.device.type == "cpu":  # numbers cost less, and none waits for them
-            return {name: float(sum(count[name].item() for count in counted)) for name in names}
         totals = torch.stack(
             [torch.stack([count[name].double().to(self.args.device) for count in counted]).sum() for name in names]
         )
@@ -330,7 +329,7 @@ class TransferTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's, without a walk through the network; remembers the loss for `stop_if_not_finite`."""
         ids = inputs.get("example_id")
-        if self._walks is None:
+        if self._walks is None or self._walks.model is not model:
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self._option("stop_on_nonfinite_loss"):
                 self._losses.add(loss, ids)
@@ -349,7 +348,10 @@ class TransferTrainer(Trainer):
             loss = loss / self.current_gradient_accumulation_steps
         if self._option("stop_on_nonfinite_loss"):
             self._losses.add(loss.detach(), ids)
-        self.accelerator.backward(loss)
+        if self.accelerator.scaler is None and self.accelerator.gradient_accumulation_steps == 1:
+            loss.backward()  # as accelerate does after a division by 1
+        else:
+            self.accelerator.backward(loss)
         return loss.detach()
 
     def stop_if_not_finite(self) -> None:
@@ -384,12 +386,12 @@ class TransferTrainer(Trainer):
         if self._walks is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return nn.utils.clip_grad_norm_(self._walks.parameters, self.args.max_grad_norm)
+        return self._walks.clip_grad_norm(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._walks is not None:
             self.accelerator.unscale_gradients()
-            grad_norm = nn.utils.clip_grad_norm_(self._walks.parameters, math.inf)
+            grad_norm = self._walks.clip_grad_norm(math.inf)
         return super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -507,24 +509,21 @@ class TransferTrainer(Trainer):
                 sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
             elif hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        self._find_what_steps_touch(model)
-        try:
-            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
-        finally:
-            self._walks = None
+        if self._walks is None:
+            self._find_what_steps_touch(model)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _find_what_steps_touch(self, model: nn.Module) -> None:
-        """Once an epoch; a callback that exchanges modules or thaws parameters is heeded from the next one on."""
-        stock = self._why_stock_step()
-        if stock is not None:
-            logger.info("The stock Trainer's step runs, because of %s.", stock)
-            return
-        self._walks = Traversals(model)
-        if self.learner is not None and model is self.learner:
-            self.learner.trained = self._walks.parameters
+        """Once a training: its optimizer holds the same parameters to the end."""
         self._flops_an_input = None
         if hasattr(self.model, "num_parameters"):
             self._flops_an_input = 6 * self.model.num_parameters(exclude_embeddings=True)
+        if (reason := self._why_stock_step()) is not None:
+            logger.info("The stock Trainer's step runs, because of %s.", reason)
+            return
+        self._walks = Traversals(model)
+        if self.learner is not None:
+            self.learner.trained = self._walks.parameters if model is self.learner else None
 
     # ---- log --------------------------------------------------------------------------------------------------------
 

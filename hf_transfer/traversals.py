@@ -1,4 +1,4 @@
-"""What a training step asks of every module and parameter of a network, found once an epoch and not at every step.
+"""What a training step asks of every module and parameter of a network, found once a training and not at every step.
 
 `model.train()`, `model.zero_grad()` and `model.parameters()` each walk the whole tree of modules: a millisecond a step
 for a twelve-layer network, and more than the step itself for the head of a cached one.
@@ -6,7 +6,8 @@ for a twelve-layer network, and more than the step itself for the head of a cach
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .freezing import held_in_eval
 
@@ -33,3 +34,23 @@ class Traversals:
             if not module.training:
                 self.model.train()
                 return
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, which on a CPU multiplies by 1 too.
+
+        Args:
+            max_norm: > 0; may be infinite.
+
+        Returns:
+            The norm that the gradients had, 0-d.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients or gradients[0].device.type != "cpu":
+            return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        with torch.no_grad():
+            norm = nn.utils.get_total_norm(gradients)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            if factor.item() != 1:  # a NaN too
+                for gradient in gradients:
+                    gradient.mul_(factor)
+        return norm

@@ -140,10 +140,16 @@ class ChunkedLearner(Learner):
         )  # fmt: skip
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor | float], micro_batches: int
+        self,
+        terms: Sequence[Objective],
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
     ) -> dict[str, Tensor]:
         if not self.training or not terms:
-            return super()._means(terms, step, counts, micro_batches)
+            return super()._means(terms, step, batch, counts, micro_batches)
+        counts = self.counts(batch) if counts is None else counts
         assert step.features is not None
         rows, tokens = step.features.shape[:2]
         width = max(self.chunk_tokens // rows, 1)

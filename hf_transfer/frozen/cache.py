@@ -52,6 +52,7 @@ class PrefixCache(TeacherCache):
         super().__init__(folder, manifest)
         if self.kept.dtype not in DTYPES or not self.kept.features:
             raise TransferError(f"The cache in {str(folder)!r} holds a teacher's answers: choose another folder.")
+        self._features = np.asarray(self._shards[0]["features"])  # still mapped; indexing a memmap costs more
 
     @property
     def views(self) -> int:
@@ -100,6 +101,8 @@ class PrefixCache(TeacherCache):
         Returns:
             (N, ...) on the CPU in the dtype it was kept in.
         """
+        if len(self._shards) == 1:
+            return self._as_kept(self.kept.signal({"features": self._features[places]}, None, self.classes))
         shard = np.searchsorted(self._first_row, places, side="right") - 1  # (N,)
         return self._as_kept(self.kept.signal(self._read(shard, places - self._first_row[shard]), None, self.classes))
 

@@ -177,13 +177,30 @@ class CrossEntropy(Objective):
         return weights[labels[labels != UNLABELLED]].sum()
 
     def forward(self, step: Step) -> Tensor:
+        logits, labels = self._compared(step)
+        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+
+    def own_mean(self, step: Step) -> Tensor | None:
+        logits, labels = self._compared(step)
+        if labels.is_floating_point() or logits.device.type != "cpu":
+            return None
+        logits = _wide(logits)
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        mean = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=UNLABELLED,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return None if math.isnan(mean.item()) else mean  # NaN where there is no label at all, on a GPU too
+
+    def _compared(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits and labels, item by item."""
         logits, labels = step.logits, _labels(step, self.name)
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]  # (N, T - 1, C), (N, T - 1)
         _check_classes(logits, labels, self.name, class_weights=self.class_weights, logit_adjustment=self.log_priors)
         if self.log_priors is not None:
             logits = adjust_logits(logits, self.log_priors, self.tau)
-        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+        return logits, labels
 
 
 class Focal(Objective):
@@ -268,7 +285,7 @@ class KLDivergence(Objective):
 
 def _wide(x: Tensor) -> Tensor:
     """float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _labels(step: Step, term: str) -> Tensor:
