@@ -169,7 +169,7 @@ def orders(trainer: TransferTrainer, epochs: int) -> list[list[Tensor]]:
 # ---- the head of a cached network ---------------------------------------------------------------------------------
 
 
-def head(kind: str, batch_size: int, folder: str, rows: int = 1024, epochs: int = 10) -> Case:
+def head(kind: str, batch_size: int, folder: str, rows: int = 2048, epochs: int = 5) -> Case:
     """A linear probe that reads the prefix cache, through finetune()'s own parts."""
     if kind == "text":
         data = load_data(_shared("data/sst2"), max_train_samples=2 * rows)

@@ -218,6 +218,7 @@ class Learner(nn.Module):
         for term in objectives:
             term.prepare(model, anatomy)
         self._feature_taps, self._layer_taps = self._make_taps()
+        self._tapped = any(term.uses_features or term.student_layers for term in objectives)
 
     def _make_taps(self) -> tuple[Taps, Taps]:
         """Taps at the classifier's input and at the layers that terms name; made once, looking modules up is slow."""
@@ -311,6 +312,14 @@ class Learner(nn.Module):
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
         inputs = model_inputs(batch)
+        columns = {name: batch.get(name) for name in CONTRACT_COLUMNS}
+        if not self._tapped:
+            outputs = self.model(**inputs)
+            logits = wide(logits_of(outputs))
+            return Step(
+                model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
+                **columns,
+            )  # fmt: skip
         with self._feature_taps as features, self._layer_taps as hidden:
             outputs = self.model(**inputs)
         logits = wide(logits_of(outputs))
@@ -318,7 +327,7 @@ class Learner(nn.Module):
         step = Step(
             model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
             features=next((match_rows(found, logits, mask) for found in features.values.values()), None),
-            hidden=dict(hidden.values), **{name: batch.get(name) for name in CONTRACT_COLUMNS},
+            hidden=dict(hidden.values), **columns,
         )  # fmt: skip
         features.values.clear()  # the taps outlive the step, its tensors should not
         hidden.values.clear()

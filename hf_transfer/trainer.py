@@ -28,10 +28,10 @@ make_torchvision_importable()
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize  # noqa: E402
 from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
 from .anatomy import Anatomy, plain_model  # noqa: E402
@@ -95,6 +95,7 @@ class TransferTrainer(Trainer):
         self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
         self._walks: Traversals | None = None  # None where the stock Trainer's step runs
         self._losses = PendingLosses()
+        self._streamed: dict[str, Any] | None = None  # metrics so far; None where the Trainer asks for them
         self._flops_an_input: int | None = None
         super().__init__(*args, **kwargs)
         seen = self.callback_handler
@@ -413,7 +414,9 @@ class TransferTrainer(Trainer):
             inputs = _for_model(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if model is self.model:  # evaluation hands in the bare model
-            model = self.learner.train(self.model.training)
+            model = self.learner
+            if model.training != self.model.training:
+                model.train(self.model.training)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         training = self.model.training
         signal: Signal = model(
@@ -433,10 +436,17 @@ class TransferTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As the Trainer's; rows without labels are predicted too."""
+        """As the Trainer's; rows without labels are predicted too, and streaming metrics take the batch at once."""
         if inputs.get("labels") is None:
             inputs = _for_model(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._streamed is None or logits is None or labels is None:
+            return loss, logits, labels
+        last = self.accelerator.gradient_state.end_of_dataloader
+        self._streamed = cast(Any, self.compute_metrics)(
+            EvalPrediction(predictions=cast(Any, logits), label_ids=cast(Any, labels)), compute_result=last
+        )
+        return loss, None, None
 
     def evaluation_loop(
         self,
@@ -448,11 +458,36 @@ class TransferTrainer(Trainer):
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        own = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation_metrics().items()}
+        if self.accelerator.distributed_type == DistributedType.NO:
+            self.gather_function = self._gather_alone
+        if self._may_stream(description):
+            self._streamed = {}
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+            own = {**denumpify_detensorize(self._streamed or {}), **self.evaluation_metrics()}
+        finally:
+            self._streamed = None
+        own = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": own[name] for name in own}
         return output._replace(metrics={**(output.metrics or {}), **own})
+
+    def _may_stream(self, description: str) -> bool:
+        """Whether metrics can take each batch before the Trainer pads and gathers it, to no end in one process."""
+        return (
+            description == "Evaluation"
+            and self.args.batch_eval_metrics
+            and self.compute_metrics is not None
+            and self.preprocess_logits_for_metrics is None
+            and not self.args.include_for_metrics
+            and self.accelerator.distributed_type == DistributedType.NO
+        )
+
+    def _gather_alone(self, values: Any, *args: Any, **kwargs: Any) -> Any:
+        """As accelerate's `gather_for_metrics` in one process: only what fills up the last batch goes."""
+        if self.accelerator.gradient_state.end_of_dataloader:
+            return self.accelerator.gather_for_metrics(values, *args, **kwargs)
+        return values
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; a dataset never gets the persistent workers of another.

@@ -48,7 +48,7 @@ class Traversals:
         if not gradients or gradients[0].device.type != "cpu":
             return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         with torch.no_grad():
-            norm = nn.utils.get_total_norm(gradients)
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients]))
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             if factor.item() != 1:  # a NaN too
                 for gradient in gradients:

@@ -184,12 +184,14 @@ class CrossEntropy(Objective):
         logits, labels = self._compared(step)
         if labels.is_floating_point() or logits.device.type != "cpu":
             return None
-        logits = _wide(logits)
-        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        logits, weights = _wide(logits), self.class_weights
+        if logits.dim() != 2:
+            logits, labels = logits.flatten(0, -2), labels.flatten()  # (M, C), (M,)
+        if weights is not None:
+            weights = weights.to(logits)
         mean = F.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=UNLABELLED,
-            label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+            logits, labels, weight=weights, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing
+        )
         return None if math.isnan(mean.item()) else mean  # NaN where there is no label at all, on a GPU too
 
     def _compared(self, step: Step) -> tuple[Tensor, Tensor]:
