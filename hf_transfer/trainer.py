@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType  # noqa: E402
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize, has_length  # noqa: E402
 from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
 from .anatomy import Anatomy, plain_model  # noqa: E402
@@ -463,14 +463,30 @@ class TransferTrainer(Trainer):
         if self._may_stream(description):
             self._streamed = {}
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
+            with self._adapters_merged(dataloader):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+                )
             own = {**denumpify_detensorize(self._streamed or {}), **self.evaluation_metrics()}
         finally:
             self._streamed = None
         own = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": own[name] for name in own}
         return output._replace(metrics={**(output.metrics or {}), **own})
+
+    def may_merge_adapters(self) -> bool:
+        """Whether an evaluation may fold adapters into the weights; not where something else needs these."""
+        return True
+
+    def _adapters_merged(self, dataloader: Any) -> AbstractContextManager[Any]:
+        """For more than one batch, in the precision of the weights: the sum's rounding is then that of a layer."""
+        args = self.args
+        rounds = args.bf16 or args.fp16 or args.bf16_full_eval or args.fp16_full_eval
+        one = has_length(dataloader) and len(dataloader) < 2
+        if rounds or one or self._why_stock_step() is not None or not self.may_merge_adapters():
+            return nullcontext()
+        from .adapter_merging import merged
+
+        return merged(self.model)
 
     def _may_stream(self, description: str) -> bool:
         """Whether metrics can take each batch before the Trainer pads and gathers it, to no end in one process."""

@@ -35,7 +35,7 @@ from .cache import CachedTeacher, CacheKey, TeacherCache, write_cache
 from .cache_choice import CacheCosts, cache_bytes, free_bytes, prefers_cache
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
-from .live import NetworkTeacher
+from .live import NetworkTeacher, shares_weights
 from .mapping import connect
 from .memory import RememberingTeacher
 from .signature import data_signature, transform_signature
@@ -315,6 +315,13 @@ class DistillationTrainer(TransferTrainer):
         return self.training_teacher(inputs)
 
     # ---- fidelity ---------------------------------------------------------------------------------------------------
+
+    def may_merge_adapters(self) -> bool:
+        """Not where the student's own base may be what the student is compared with."""
+        teacher = self.teacher
+        return self._scoring_teacher is None or (
+            isinstance(teacher, NetworkTeacher) and not shares_weights(teacher.backbone.model, self.model)
+        )
 
     @torch.no_grad()
     def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
