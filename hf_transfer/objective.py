@@ -242,7 +242,7 @@ class Learner(nn.Module):
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of this batch by term, for the terms that count them."""
-        counted = {term.name: term.count(batch) for term in self.terms() if self.training or term.in_evaluation}
+        counted = {term.name: _exact(term.count(batch)) for term in self.terms() if self.training or term.in_evaluation}
         return {name: count for name, count in counted.items() if count is not None}
 
     def forward(
@@ -299,7 +299,7 @@ class Learner(nn.Module):
     ) -> Tensor:
         if counts is None and (mean := term.own_mean(step)) is not None:
             return mean
-        count = term.count(batch) if counts is None else counts.get(term.name)
+        count = _exact(term.count(batch)) if counts is None else counts.get(term.name)
         value = term(step)
         if count is not None:
             return over_items(wide(value).sum(), count)
@@ -350,6 +350,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in batch.items()
         if name not in CONTRACT_COLUMNS and not name.startswith(TEACHER_PREFIX)
     }
+
+
+def _exact(count: Tensor | None) -> Tensor | None:
+    """In float64, as the counts of several batches are."""
+    return None if count is None else count.double()
 
 
 def over_items(total: Tensor, count: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
         self.after.add(self._merged(model))
 
 
-def trainer(folder: Path, rows: int = 24, **options: Any) -> TransferTrainer:
+def trainer(folder: Path, rows: int = 40, **options: Any) -> TransferTrainer:
     draw = torch.Generator().manual_seed(1)
     data = Dataset.from_dict({
         "input_ids": torch.randint(1, 50, (rows, 12), generator=draw).tolist(),
@@ -135,7 +135,7 @@ def test_evaluations_and_predictions_are_merged_and_training_is_not_moved(
     assert predicted[0] == pytest.approx(predicted[1], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"rows": 8}, {"bf16": True}], ids=["one batch", "autocast"])
+@pytest.mark.parametrize("options", [{"rows": 24}, {"bf16": True}], ids=["few batches", "autocast"])
 def test_where_it_does_not_pay_or_rounds_it_is_left(tmp_path: Path, options: dict[str, Any]) -> None:
     seen = Watch()
     each = trainer(tmp_path, **options)
