@@ -45,6 +45,22 @@ def keep_in_eval_except_batch_norm(module: nn.Module, inputs: tuple) -> None:
 _HOOKS = (keep_in_eval, keep_in_eval_except_batch_norm)
 
 
+def held_in_eval(model: nn.Module) -> set[nn.Module]:
+    """The modules whose mode is not that of `model.train()`, because they lie in a part that a hook holds in eval mode.
+
+    Args:
+        model: Any network.
+    """
+    held: set[nn.Module] = set()
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        if keep_in_eval in hooks:
+            held.update(module.modules())
+        elif keep_in_eval_except_batch_norm in hooks:
+            held.update(part for part in module.modules() if not isinstance(part, _BatchNorm))
+    return held
+
+
 def thaw(model: nn.Module) -> None:
     """Undoes every earlier freeze: our hooks are gone and every parameter trains that the architecture lets train.
 

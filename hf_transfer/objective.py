@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
+
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
 TEACHER_PREFIX = "teacher_"
 """Columns that begin so are a teacher's own inputs, where it reads the rows in another way than the model."""
@@ -163,6 +164,14 @@ class Objective(nn.Module):
         """The term's value: 0-d where `count` is None, else one value an item (any shape; items not counted are 0)."""
         raise NotImplementedError
 
+    def own_mean(self, step: Step) -> Tensor | None:
+        """The mean over one batch alone, 0-d, where there is a cheaper way to it than by `forward` and `count`.
+
+        Returns:
+            The mean; None (the default) where there is none.
+        """
+        return None
+
     def extra_repr(self) -> str:
         """What it was made with, as far as attributes of its own tell."""
         told = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
@@ -191,6 +200,9 @@ class Learner(nn.Module):
         model: Any model whose output has logits.
         objectives: The terms; their names must differ.
         anatomy: Where the classifier is; needed if a term `uses_features`.
+
+    Attributes:
+        trained: The parameters that have gradients, once a trainer knows; None before.
     """
 
     def __init__(self, model: nn.Module, objectives: Sequence[Objective], anatomy: Anatomy | None) -> None:
@@ -200,10 +212,13 @@ class Learner(nn.Module):
             raise TransferError(f"Two terms share a name: {names}. Pass name=... to tell them apart in the log.")
         self.model = model
         self.objectives = nn.ModuleList(objectives)
+        self._terms = list(objectives)
+        self.trained: list[nn.Parameter] | None = None
         self.anatomy = anatomy
         for term in objectives:
             term.prepare(model, anatomy)
         self._feature_taps, self._layer_taps = self._make_taps()
+        self._tapped = any(term.uses_features or term.student_layers for term in objectives)
 
     def _make_taps(self) -> tuple[Taps, Taps]:
         """Taps at the classifier's input and at the layers that terms name; made once, looking modules up is slow."""
@@ -213,13 +228,23 @@ class Learner(nn.Module):
         layers = dict.fromkeys(layer for term in self.terms() for layer in term.student_layers)
         return Taps(self.model, classifier, inputs=True), Taps(self.model, list(layers))
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As a module's, over `trained` where a trainer has set it: looking for the parameters takes longer."""
+        if self.trained is None or not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for parameter in self.trained:
+            parameter.grad = None
+
     def terms(self) -> list[Objective]:
         """The terms, in the order given."""
-        return list(self.objectives)  # type: ignore[arg-type]
+        return self._terms
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of this batch by term, for the terms that count them."""
-        counted = {term.name: term.count(batch) for term in self.terms() if self.training or term.in_evaluation}
+        counted = {
+            term.name: _exact(term.count(batch)) for term in self.terms() if self.training or term.in_evaluation
+        }
         return {name: count for name, count in counted.items() if count is not None}
 
     def forward(
@@ -236,7 +261,7 @@ class Learner(nn.Module):
             batch: A collated batch on the model's device, with the contract's columns.
             progress: Share of training done, in [0, 1].
             counts: Each counting term's items in the whole accumulated batch, divided by the number of processes
-                (engines average gradients over processes). This batch's own counts by default.
+                (engines average gradients over processes). None: this batch is the whole one, on one process.
             micro_batches: Number of batches that are accumulated before the optimizer steps.
             teacher: The teacher's signal for this batch.
 
@@ -244,25 +269,42 @@ class Learner(nn.Module):
             The loss (None where no term applies), the outputs, and each term's unweighted share of the log.
         """
         step = self._run(batch, progress, teacher)
-        counts = self.counts(batch) if counts is None else counts
-        terms = [term for term in self.terms() if self.training or (term.in_evaluation and step.labels is not None)]
-        values = self._means(terms, step, counts, micro_batches)
+        terms = self._terms
+        if not self.training:
+            terms = [term for term in terms if term.in_evaluation and step.labels is not None]
+        values = self._means(terms, step, batch, counts, micro_batches)
         loss = None
         for term in terms:
-            weighted = values[term.name] * term.weight_at(progress)
+            weight = term.weight_at(progress)
+            weighted = values[term.name] if weight == 1 else values[term.name] * weight
             loss = weighted if loss is None else loss + weighted
         return Signal(loss, step.outputs, {name: value.detach() for name, value in values.items()})
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
+        self,
+        terms: Sequence[Objective],
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
     ) -> dict[str, Tensor]:
         """Each term's share of its mean over the whole accumulated batch, by name."""
-        return {term.name: self._mean(term, step, counts, micro_batches) for term in terms}
+        return {term.name: self._mean(term, step, batch, counts, micro_batches) for term in terms}
 
-    def _mean(self, term: Objective, step: Step, counts: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+    def _mean(
+        self,
+        term: Objective,
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
+    ) -> Tensor:
+        if counts is None and (mean := term.own_mean(step)) is not None:
+            return mean
+        count = _exact(term.count(batch)) if counts is None else counts.get(term.name)
         value = term(step)
-        if term.name in counts:
-            return over_items(wide(value).sum(), counts[term.name])
+        if count is not None:
+            return over_items(wide(value).sum(), count)
         if value.dim() != 0:
             raise TransferError(
                 f"The term '{term.name}' returned values of shape {tuple(value.shape)} but counts no items: "
@@ -272,6 +314,14 @@ class Learner(nn.Module):
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
         inputs = model_inputs(batch)
+        columns = {name: batch.get(name) for name in CONTRACT_COLUMNS}
+        if not self._tapped:
+            outputs = self.model(**inputs)
+            logits = wide(logits_of(outputs))
+            return Step(
+                model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
+                **columns,
+            )  # fmt: skip
         with self._feature_taps as features, self._layer_taps as hidden:
             outputs = self.model(**inputs)
         logits = wide(logits_of(outputs))
@@ -279,7 +329,7 @@ class Learner(nn.Module):
         step = Step(
             model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
             features=next((match_rows(found, logits, mask) for found in features.values.values()), None),
-            hidden=dict(hidden.values), **{name: batch.get(name) for name in CONTRACT_COLUMNS},
+            hidden=dict(hidden.values), **columns,
         )  # fmt: skip
         features.values.clear()  # the taps outlive the step, its tensors should not
         hidden.values.clear()
@@ -304,6 +354,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _exact(count: Tensor | None) -> Tensor | None:
+    """In float64, as the counts of several batches are."""
+    return None if count is None else count.double()
+
+
 def over_items(total: Tensor, count: Tensor) -> Tensor:
     """A sum of values divided by their number; 0 where there are none."""
     return total / count.to(total.device).clamp(min=torch.finfo(torch.float32).tiny)
@@ -311,7 +366,7 @@ def over_items(total: Tensor, count: Tensor) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -9,9 +9,10 @@ ordinary one, with the terms' own state in a file beside it.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,10 +26,20 @@ from ._torchvision import make_torchvision_importable
 
 make_torchvision_importable()
 
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize, has_length  # noqa: E402
+from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
 from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
@@ -42,9 +53,12 @@ from .objective import (  # noqa: E402
     logits_of,
     model_inputs,
 )
+from .pending_losses import PendingLosses  # noqa: E402
 from .plans import plan  # noqa: E402
 from .schedulers import DECAYS, decay_schedule  # noqa: E402
+from .stepping import PreparedOptimizer, SparingCallbackHandler  # noqa: E402
 from .transfer_config import TransferConfig  # noqa: E402
+from .traversals import Traversals  # noqa: E402
 
 if TYPE_CHECKING:
     from .weights import ExponentialAverage
@@ -87,7 +101,15 @@ class TransferTrainer(Trainer):
         self._terms_logged_at = 0
         self.predictions_kept = True  # whether the evaluation under way returns all logits, as predict() does
         self.evaluated: Any = None  # the dataset of the last evaluation or prediction, as it was passed
+        self._walks: Traversals | None = None  # None where the stock Trainer's step runs
+        self._losses = PendingLosses()
+        self._streamed: dict[str, Any] | None = None  # metrics so far; None where the Trainer asks for them
+        self._flops_an_input: int | None = None
         super().__init__(*args, **kwargs)
+        seen = self.callback_handler
+        self.callback_handler = SparingCallbackHandler(
+            seen.callbacks, seen.model, seen.processing_class, seen.optimizer, seen.lr_scheduler
+        )
         self.objectives = list(objectives or ())
         if self.objectives:
             self._take_objectives()
@@ -101,6 +123,8 @@ class TransferTrainer(Trainer):
         self._add_own_callbacks()
 
     def _add_own_callbacks(self) -> None:
+        if self._option("stop_on_nonfinite_loss"):
+            self.add_callback(_StopAtNonFiniteLoss(self))
         if self._option("ema_decay"):
             self.add_callback(_UpdateAverage(self))
         if self._option("early_stopping_patience"):
@@ -157,13 +181,37 @@ class TransferTrainer(Trainer):
             self.ema = ExponentialAverage(self.model, self.args.ema_decay)
         self._term_sums, self._terms_logged_at = {}, self.state.global_step
         self._log_plan()
+        self._losses, self._walks = PendingLosses(), None
         if self.learner is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
             self._build_learner()
         self.before_training(max_steps)
         with self._learner_in_place():
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _prepared(self, *args: Any) -> Any:
+        if self._why_stock_step() is None:
+            optimizer: Any = self.create_optimizer()
+            if not isinstance(optimizer, AcceleratedOptimizer):
+                accelerator: Any = self.accelerator
+                self.optimizer = PreparedOptimizer(optimizer, accelerator.device_placement, accelerator.scaler)
+        return super()._prepare_for_training(*args)
+
+    def _why_stock_step(self) -> str | None:
+        """What of the arguments only the stock Trainer's own step knows; None where ours does the same."""
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in plain or self.is_fsdp_enabled:
+            return f"{self.accelerator.distributed_type} training"
+        asked = {
+            "a parallelism_config": getattr(self.accelerator, "parallelism_config", None) is not None,
+            "a model that is sharded as it loads": self.is_distributed_loading_by_transformers,
+            f"optim={self.args.optim!r}": "lomo" in str(self.args.optim),
+            "several GPUs in one process": self.args.n_gpu > 1,
+            "torch_empty_cache_steps": self.args.torch_empty_cache_steps is not None,
+            "SageMaker's model parallelism": is_sagemaker_mp_enabled(),
+        }
+        return next((what for what, given in asked.items() if given), None)
 
     def _log_plan(self) -> None:
         if self.is_world_process_zero() and _anatomy(self.model) is not None:
@@ -193,6 +241,10 @@ class TransferTrainer(Trainer):
 
     def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
         """Sees each batch of an evaluation, on this process; here nothing."""
+
+    def labels_left(self, inputs: Mapping[str, Any], labels: Any) -> Any:
+        """Those whose logits an evaluation returns, where metrics were shown the others already; here all."""
+        return labels
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Metrics of what `observe_evaluation` saw since the last call, the same on every process; here none."""
@@ -274,7 +326,8 @@ class TransferTrainer(Trainer):
         if self.learner is not None and samples:
             if not self.learner.training:  # an evaluation came between; terms count more in training
                 self.learner.train()
-            self._counts = self._counts_over_processes(samples)
+            alone = len(samples) == 1 and self.args.world_size == 1
+            self._counts = None if alone else self._counts_over_processes(samples)
         return samples, items
 
     def _counts_over_processes(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -285,38 +338,85 @@ class TransferTrainer(Trainer):
         if not names:
             return {}
         totals = torch.stack(
-            [torch.stack([count[name].double().to(self.args.device) for count in counted]).sum() for name in names]
+            [torch.stack([count[name].to(self.args.device) for count in counted]).sum() for name in names]
         )
         totals = self.accelerator.reduce(totals, "sum") / self.accelerator.num_processes
         return dict(zip(names, totals, strict=True))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; stops at a loss that is not finite, before the optimizer uses its gradient."""
+        """As the Trainer's, without a walk through the network; remembers the loss for `stop_if_not_finite`."""
         ids = inputs.get("example_id")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._walks is None or self._walks.model is not model:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._option("stop_on_nonfinite_loss"):
+                self._losses.add(loss, ids)
+            return loss
+        self._walks.train()
+        if hasattr(self.optimizer, "train"):
+            cast(Any, self.optimizer).train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            with_counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = with_counts or self.compute_loss_func is not None
+        if not scaled:
+            loss = loss / self.current_gradient_accumulation_steps
         if self._option("stop_on_nonfinite_loss"):
-            self._stop_if_not_finite(loss, ids)
-        return loss
+            self._losses.add(loss.detach(), ids)
+        if self.accelerator.scaler is None and self.accelerator.gradient_accumulation_steps == 1:
+            loss.backward()  # as accelerate does after a division by 1
+        else:
+            self.accelerator.backward(loss)
+        return loss.detach()
 
-    def _stop_if_not_finite(self, loss: Tensor, ids: Tensor | None) -> None:
-        """On every process at once: the gradient of one is in the average of all, and none may save it."""
-        finite = torch.isfinite(loss)
-        if self.args.world_size > 1 and not self.accelerator.reduce(finite.float(), "mean") == 1 and finite:
-            raise NonFiniteLoss(
-                f"The training loss of another process is not finite at step {self.state.global_step}; its message "
-                "names the examples."
-            )
-        if not finite:
-            raise NonFiniteLoss(self._describe_nonfinite(loss, ids))
+    def stop_if_not_finite(self) -> None:
+        """Before the optimizer uses the gradients of the losses since its last step.
 
-    def _describe_nonfinite(self, loss: Tensor, ids: Tensor | None) -> str:
+        On every process at once: the gradient of one is in the average of all, and none may save it.
+
+        Raises:
+            NonFiniteLoss: If one of them is NaN or infinite.
+        """
+        found = self._losses.first_bad()
+        if self.args.world_size > 1:
+            bad = torch.tensor(float(found is not None), device=self.args.device)
+            if self.accelerator.reduce(bad, "sum") > 0 and found is None:
+                raise NonFiniteLoss(
+                    f"The training loss of another process is not finite at step {self.state.global_step}; its "
+                    "message names the examples."
+                )
+        if found is not None:
+            raise NonFiniteLoss(self._describe_nonfinite(*found))
+
+    def _describe_nonfinite(self, loss: float, ids: Tensor | None) -> str:
         rows = "unknown (the data has no example_id column)" if ids is None else str(ids.tolist())
         kept = last_complete_checkpoint(self.args.output_dir)
         return (
-            f"The training loss is {loss.item()} at step {self.state.global_step}. Examples in the batch: {rows}. "
+            f"The training loss is {loss} at step {self.state.global_step}. Examples in the batch: {rows}. "
             f"The weights were not updated with it; last good checkpoint: {kept or 'none was saved'}. "
             "Look at these rows, lower learning_rate, set max_grad_norm, or train in bf16 instead of fp16."
         )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._walks is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return self._walks.clip_grad_norm(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._walks is not None:
+            self.accelerator.unscale_gradients()
+            grad_norm = self._walks.clip_grad_norm(math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which counts the network's parameters anew for every batch."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if self._flops_an_input is None or main not in inputs:
+            return super().floating_point_ops(inputs)
+        return self._flops_an_input * inputs[main].numel()
 
     def compute_loss(
         self,
@@ -330,7 +430,9 @@ class TransferTrainer(Trainer):
             inputs = _for_model(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if model is self.model:  # evaluation hands in the bare model
-            model = self.learner.train(self.model.training)
+            model = self.learner
+            if model.training != self.model.training:
+                model.train(self.model.training)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         training = self.model.training
         signal: Signal = model(
@@ -350,10 +452,19 @@ class TransferTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As the Trainer's; rows without labels are predicted too."""
+        """As the Trainer's; rows without labels are predicted too, and streaming metrics take the batch at once."""
         if inputs.get("labels") is None:
             inputs = _for_model(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if labels is not None:
+            labels = self.labels_left(inputs, labels)
+        if self._streamed is None or logits is None or labels is None:
+            return loss, logits, labels
+        last = self.accelerator.gradient_state.end_of_dataloader
+        self._streamed = cast(Any, self.compute_metrics)(
+            EvalPrediction(predictions=cast(Any, logits), label_ids=cast(Any, labels)), compute_result=last
+        )
+        return loss, None, None
 
     def evaluation_loop(
         self,
@@ -366,11 +477,55 @@ class TransferTrainer(Trainer):
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
         self.predictions_kept = description != "Evaluation" or not self.args.batch_eval_metrics
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        own = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation_metrics().items()}
+        if self.accelerator.distributed_type == DistributedType.NO:
+            self.gather_function = self._gather_alone
+        if self._may_stream(description):
+            self._streamed = {}
+        try:
+            with self._adapters_merged(dataloader):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+                )
+            own = {**denumpify_detensorize(self._streamed or {}), **self.evaluation_metrics()}
+        finally:
+            self._streamed = None
+        own = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": own[name] for name in own}
         return output._replace(metrics={**(output.metrics or {}), **own})
+
+    def may_merge_adapters(self) -> bool:
+        """Whether an evaluation may fold adapters into the weights; not where something else needs these."""
+        return True
+
+    def _adapters_merged(self, dataloader: Any) -> AbstractContextManager[Any]:
+        """In the precision of the weights, and for so many batches that it pays.
+
+        Merging BERT's adapters takes the time that three batches of 16 x 32 tokens save.
+        """
+        args = self.args
+        rounds = args.bf16 or args.fp16 or args.bf16_full_eval or args.fp16_full_eval
+        one = has_length(dataloader) and len(dataloader) < 4
+        if rounds or one or self._why_stock_step() is not None or not self.may_merge_adapters():
+            return nullcontext()
+        from .adapter_merging import merged
+
+        return merged(self.model)
+
+    def _may_stream(self, description: str) -> bool:
+        """Whether metrics can take each batch before the Trainer pads and gathers it, to no end in one process."""
+        return (
+            description == "Evaluation"
+            and self.args.batch_eval_metrics
+            and self.compute_metrics is not None
+            and self.preprocess_logits_for_metrics is None
+            and not self.args.include_for_metrics
+            and self.accelerator.distributed_type == DistributedType.NO
+        )
+
+    def _gather_alone(self, values: Any, *args: Any, **kwargs: Any) -> Any:
+        """As accelerate's `gather_for_metrics` in one process: only what fills up the last batch goes."""
+        if self.accelerator.gradient_state.end_of_dataloader:
+            return self.accelerator.gather_for_metrics(values, *args, **kwargs)
+        return values
 
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; what is random about stored images is left to an accelerator (data/on_device.py)."""
@@ -443,13 +598,27 @@ class TransferTrainer(Trainer):
                 sampler.generator = torch.Generator().manual_seed((self.args.data_seed or self.args.seed) + epoch)
             elif hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
+        if self._walks is None:
+            self._find_what_steps_touch(model)
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _find_what_steps_touch(self, model: nn.Module) -> None:
+        """Once a training: its optimizer holds the same parameters to the end."""
+        self._flops_an_input = None
+        if hasattr(self.model, "num_parameters"):
+            self._flops_an_input = 6 * self.model.num_parameters(exclude_embeddings=True)
+        if (reason := self._why_stock_step()) is not None:
+            logger.info("The stock Trainer's step runs, because of %s.", reason)
+            return
+        self._walks = Traversals(model)
+        if self.learner is not None:
+            self.learner.trained = self._walks.parameters if model is self.learner else None
 
     # ---- log --------------------------------------------------------------------------------------------------------
 
     def _add_terms(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also carries every term's unweighted mean, under its own name."""
@@ -586,6 +755,16 @@ class _UpdateAverage(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
+
+
+class _StopAtNonFiniteLoss(TrainerCallback):
+    """Looks at the losses before the optimizer uses their gradients."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_not_finite()
 
 
 class _LogToLogger(TrainerCallback):

@@ -64,17 +64,31 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         batch = self.inputs(rows)
-        if LABELS in rows[0]:
-            length = batch["input_ids"].shape[1] if "input_ids" in batch else None
-            batch[LABELS] = self._labels([row[LABELS] for row in rows], length)
-        for name in (DOMAIN, EXAMPLE_ID):
-            if name in rows[0]:
-                batch[name] = torch.tensor([int(row[name]) for row in rows])
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else None
+        batch.update(self.targets(rows, length))
         if self.mixing is not None and EPOCH in rows[0]:
             batch["pixel_values"], batch[LABELS] = self.mixing(
                 batch["pixel_values"], batch[LABELS], batch[EXAMPLE_ID].tolist(), rows[0][EPOCH]
             )
         return batch
+
+    def targets(self, rows: Sequence[Row], length: int | None = None) -> dict[str, Tensor]:
+        """A batch's columns beside the model's inputs.
+
+        Args:
+            rows: The rows.
+            length: Tokens in a row of the batch, where labels are a token's.
+
+        Returns:
+            `labels`, `domain` and `example_id`, of those the rows have.
+        """
+        found = {}
+        if LABELS in rows[0]:
+            found[LABELS] = self._labels([row[LABELS] for row in rows], length)
+        for name in (DOMAIN, EXAMPLE_ID):
+            if name in rows[0]:
+                found[name] = torch.tensor([int(row[name]) for row in rows])
+        return found
 
     def _labels(self, labels: list[Any], length: int | None) -> Tensor:
         if np.ndim(labels[0]) == 0:

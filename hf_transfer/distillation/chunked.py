@@ -194,10 +194,16 @@ class ChunkedLearner(Learner):
         )  # fmt: skip
 
     def _means(
-        self, terms: Sequence[Objective], step: Step, counts: Mapping[str, Tensor], micro_batches: int
+        self,
+        terms: Sequence[Objective],
+        step: Step,
+        batch: Mapping[str, Any],
+        counts: Mapping[str, Tensor] | None,
+        micro_batches: int,
     ) -> dict[str, Tensor]:
         if step.features is None or not (terms or self.observer):
-            return super()._means(terms, step, counts, micro_batches)
+            return super()._means(terms, step, batch, counts, micro_batches)
+        counts = self.counts(batch) if counts is None else counts
         rows, tokens = step.features.shape[:2]
         width = max(self.chunk_tokens // rows, 1)
         sums = step.features.new_zeros(len(terms), dtype=torch.float32)

@@ -39,7 +39,7 @@ from ..trainer import TransferTrainer
 from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
-from .live import NetworkTeacher
+from .live import NetworkTeacher, shares_weights
 from .mapping import connect
 from .memory import RememberingTeacher
 from .signature import data_signature, transform_signature
@@ -330,6 +330,13 @@ class DistillationTrainer(TransferTrainer):
 
     # ---- fidelity ---------------------------------------------------------------------------------------------------
 
+    def may_merge_adapters(self) -> bool:
+        """Not where the student's own base may be what the student is compared with."""
+        teacher = self.teacher
+        return self._scoring_teacher is None or (
+            isinstance(teacher, NetworkTeacher) and not shares_weights(teacher.backbone.model, self.model)
+        )
+
     @torch.no_grad()
     def observe_evaluation(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
         """Compares student and teacher on a batch of an evaluation, all processes' rows once."""
@@ -390,10 +397,9 @@ class DistillationTrainer(TransferTrainer):
         if self.compute_metrics is not None:
             cast(Any, self.compute_metrics)(EvalPrediction(logits, labels), compute_result=False)  # type: ignore[arg-type]
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; labels whose logits were shown to `see` are left out, but for the last token's."""
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        return loss, logits, labels[:, -1:] if labels is not None and self._in_stretches(inputs) else labels
+    def labels_left(self, inputs: Mapping[str, Any], labels: Any) -> Any:
+        """The last token's, where `see` was shown the others."""
+        return labels[:, -1:] if self._in_stretches(inputs) else labels
 
     def evaluation_metrics(self) -> dict[str, float]:
         """How near the student is to its teacher, on the rows of the last evaluation."""

@@ -59,6 +59,39 @@ class PrefixCache(RowCache):
         found = restored(arrays[_VALUES], self.dtype)
         return found if mask is None else padded(found, mask)
 
+    def places(self, example_ids: np.ndarray, view: int) -> np.ndarray:
+        """Where rows are, for `at`.
+
+        Args:
+            example_ids: (N,) integers, in any order.
+            view: In [0, views).
+
+        Returns:
+            (N,) integers.
+
+        Raises:
+            TransferError: If a row or view is not in the cache, or it holds a value for each token.
+        """
+        if self.per_token:
+            raise TransferError(f"The cache in {str(self.folder)!r} holds tokens: read it by values().")
+        return self._find(example_ids, view)
+
+    def at(self, places: np.ndarray) -> Tensor:
+        """What crosses the cut for rows that `places` found: as `values`, without looking for them again.
+
+        Args:
+            places: (N,) of its integers.
+
+        Returns:
+            (N, ...) on the CPU in the dtype it was kept in.
+        """
+        if len(self._shards) == 1:
+            found = torch.from_numpy(self._shards[0][_VALUES][places])
+        else:
+            shard = np.searchsorted(self._first_row, places, side="right") - 1  # (N,)
+            found = self._read(shard, places - self._first_row[shard])[_VALUES]
+        return restored(found, self.dtype)
+
     def __reduce__(self) -> Any:
         return type(self).open, (self.folder, self.key)  # a worker maps the files, rather than receive what is in them
 

@@ -152,10 +152,16 @@ class _Plan:
         if self.validation is not None:
             key, folder = self._key(prefix, self.validation, 1)
             caches.append(self._write(folder, key, self.validation, []))
-            validation = CachedRows(self.validation, caches[1], 1)
+            validation = self._rows(self.validation, caches[1], 1)
         return CachedData(
-            self.cut, CachedRows(self.train, caches[0], 0), validation, CachedCollator(self.collator, caches)
+            self.cut, self._rows(self.train, caches[0], 0), validation, CachedCollator(self.collator, caches)
         )
+
+    def _rows(self, rows: Any, cache: PrefixCache, number: int) -> CachedRows:
+        """Without their tokens, where neither the rest of the network nor the count of tokens reads them."""
+        text = "input_ids" in rows.column_names
+        tokens = text and (self.cut.steps is None or self.args.include_num_input_tokens_seen != "no")
+        return CachedRows(rows, cache, number, None if tokens or self.cut.per_token else self.collator)
 
     # ---- what stands against it -------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -27,6 +28,10 @@ _IMAGES = "pixel_values"
 _BLANK = torch.zeros(())
 
 
+class CachedBatch(dict[str, Tensor]):
+    """A whole batch, as `CachedRows` gives it where its columns can be cut from tensors."""
+
+
 class CachedRows(TorchDataset[dict[str, Any]], Replayable):
     """A prepared dataset whose images are read from a cache of activations; a collator of its kind makes the batches.
 
@@ -37,13 +42,23 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
             excepted.
         cache: Of these rows.
         number: Which of the collator's caches it is.
+        collator: Of the uncached rows, where batches need nothing but their labels, `domain`, `example_id` and what
+            crosses the cut: they are then cut from tensors. Without it a batch is made row by row.
     """
 
-    def __init__(self, rows: Dataset | StoredRows, cache: PrefixCache, number: int) -> None:
+    def __init__(
+        self, rows: Dataset | StoredRows, cache: PrefixCache, number: int, collator: Collator | None = None
+    ) -> None:
         Replayable.__init__(self)
-        self.number, self.views = number, cache.views
+        self.number, self.views, self.cache = number, cache.views, cache
         self._columns = rows.columns if isinstance(rows, StoredRows) else _columns(rows)
         self.images = "input_ids" not in self._columns
+        self._whole: dict[str, Tensor] | None = None
+        if collator is not None:
+            rows_of_columns = [{n: values[i] for n, values in self._columns.items()} for i in range(len(self))]
+            self._whole = collator.targets(rows_of_columns)
+            ids = np.asarray(self._columns[EXAMPLE_ID])
+            self._places = [cache.places(ids, view) for view in range(self.views)]  # (R,) each
 
     @property
     def random(self) -> bool:
@@ -58,8 +73,14 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
             found[_IMAGES] = _BLANK  # which the collator stacks at no cost
         return {**found, PLACE: (self.number, self.epoch.value % self.views)}
 
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return [self[row] for row in rows]
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]] | CachedBatch:
+        if self._whole is None:
+            return [self[row] for row in rows]
+        chosen = torch.as_tensor(rows)
+        batch = CachedBatch({name: values.index_select(0, chosen) for name, values in self._whole.items()})
+        places = self._places[self.epoch.value % self.views if self.views > 1 else 0]
+        batch[ACTIVATION] = self.cache.at(places[chosen.numpy()])
+        return batch
 
 
 def _columns(rows: Dataset) -> dict[str, list[Any]]:
@@ -79,7 +100,9 @@ class CachedCollator:
     def __init__(self, collator: Collator, caches: Sequence[PrefixCache]) -> None:
         self.collator, self.caches = collator, list(caches)
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]] | CachedBatch) -> dict[str, Tensor]:
+        if isinstance(rows, CachedBatch):
+            return dict(rows)
         place = rows[0].get(PLACE)
         batch = self.collator(rows)
         if place is None:

@@ -60,6 +60,10 @@ class CachedTrainer(TransferTrainer):
         """Where a row's activation is."""
         return (PLACE,)
 
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """As it is: its batches hold no other columns, and some come whole."""
+        return data_collator
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers knows only those of the whole network."""
         return 0

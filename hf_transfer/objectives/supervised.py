@@ -35,13 +35,16 @@ def cross_entropy(
         (...), 0 at unlabelled items.
     """
     logits = wide(logits)
-    labelled = labelled_items(labels)  # (...)
     flat = logits.reshape(-1, logits.shape[-1])  # (M, C)
-    targets = labels.to(logits.dtype).reshape_as(flat) if labels.is_floating_point() else labels.reshape(-1)
+    soft = labels.is_floating_point()
+    targets = labels.to(logits.dtype).reshape_as(flat) if soft else labels.reshape(-1)
     weights = None if class_weights is None else class_weights.to(logits)
     loss = F.cross_entropy(
         flat, targets, weight=weights, ignore_index=UNLABELLED, label_smoothing=label_smoothing, reduction="none"
     )
+    if not soft:
+        return loss.view(labels.shape)  # ignored items are 0 already
+    labelled = labelled_items(labels)  # (...)
     return torch.where(labelled, loss.view(labelled.shape), 0)
 
 
@@ -174,13 +177,32 @@ class CrossEntropy(Objective):
         return weights[labels[labels != UNLABELLED]].sum()
 
     def forward(self, step: Step) -> Tensor:
+        logits, labels = self._compared(step)
+        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+
+    def own_mean(self, step: Step) -> Tensor | None:
+        logits, labels = self._compared(step)
+        if labels.is_floating_point() or logits.device.type != "cpu":
+            return None
+        logits, weights = wide(logits), self.class_weights
+        if logits.dim() != 2:
+            logits, labels = logits.flatten(0, -2), labels.flatten()  # (M, C), (M,)
+        if weights is not None:
+            weights = weights.to(logits)
+        mean = F.cross_entropy(
+            logits, labels, weight=weights, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing
+        )
+        return None if math.isnan(mean.item()) else mean  # NaN where there is no label at all, on a GPU too
+
+    def _compared(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits and labels, item by item."""
         logits, labels = step.logits, _labels(step, self.name)
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]  # (N, T - 1, C), (N, T - 1)
         _check_classes(logits, labels, self.name, class_weights=self.class_weights, logit_adjustment=self.log_priors)
         if self.log_priors is not None:
             logits = adjust_logits(logits, self.log_priors, self.tau)
-        return cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+        return logits, labels
 
 
 class Focal(Objective):
