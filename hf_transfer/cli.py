@@ -1,4 +1,4 @@
-"""The command `hf-transfer`: rank backbones, fine-tune or distil by flags, upload a run folder, show results and caches.
+"""The command `hf-transfer`: rank backbones, fine-tune or distil by flags, upload a run folder, show results, caches.
 
     hf-transfer probe --models timm/resnet18.a1_in1k timm/vit_tiny_patch16_224.augreg_in21k --dataset uoft-cs/cifar10
     hf-transfer finetune --model timm/resnet18.a1_in1k --dataset uoft-cs/cifar10 --tuning lora --output_dir runs/lora

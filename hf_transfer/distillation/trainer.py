@@ -275,7 +275,8 @@ class DistillationTrainer(TransferTrainer):
             size=cache_bytes(rows, numbers, views),
             free=free_bytes(folder),
         )
-        return costs, f"it takes {1000 * asking:.1f} ms a batch and loading {1000 * reading:.1f} ms"
+        times = f"the teacher takes {1000 * asking:.1f} ms a batch and loading {1000 * reading:.1f} ms"
+        return costs, f"{times}, {views} view(s)"
 
     def _agreed(self, worth: bool) -> bool:
         """The first process's choice, which all follow."""

@@ -82,7 +82,7 @@ def test_removed_with_nothing_that_is_not_the_caches(caches: Path) -> None:
 
 def test_one_that_is_being_written_stays(caches: Path) -> None:
     half = next(cache for cache in caches_in([caches]) if not cache.complete)
-    with WeakFileLock(half.folder / ".lock"), pytest.raises(TransferError, match="A run is writing .*half"):
+    with WeakFileLock(half.folder / ".lock"), pytest.raises(TransferError, match=r"A run is writing .*half"):
         remove(half)
     assert half in caches_in([caches])
 
