@@ -62,6 +62,11 @@ class Augmentation:
         """Whether some operation runs image by image, on the CPU."""
         return bool(self._policies)
 
+    @property
+    def after_crop(self) -> bool:
+        """Whether there is more than a crop."""
+        return self.names != ["light"]
+
     def crop(self, images: Arrays, draws: Draws) -> Tensor:
         """A random box of each of N images -> (N, C, *size) uint8."""
         sizes = [images.shape[1:3]] if isinstance(images, np.ndarray) else [image.shape[:2] for image in images]
@@ -100,8 +105,8 @@ class Augmentation:
         drawn = draws.uniform(_PURPOSE["photometric"], 4)
         bright, contrasting = (1 + 0.4 * _centred(drawn[:, :2])).T
         pixels = ops.contrast(ops.brightness(pixels, bright), contrasting)
-        pixels = ops.where(drawn[:, 2] < 0.5, ops.sharpness(pixels, torch.full_like(bright, 2.0)), pixels)
-        return ops.where(drawn[:, 3] < 0.1, ops.autocontrast(pixels), pixels)
+        pixels = ops.changed_where(drawn[:, 2] < 0.5, _sharpened, pixels)
+        return ops.changed_where(drawn[:, 3] < 0.1, ops.autocontrast, pixels)
 
     def _colour(self, pixels: Tensor, draws: Draws) -> Tensor:
         drawn = draws.uniform(_PURPOSE["colour"], 5)
@@ -110,7 +115,7 @@ class Augmentation:
         if pixels.shape[1] == 1:
             return pixels
         pixels = ops.hue(ops.saturation(pixels, saturated), 0.1 * _centred(drawn[:, 3]))
-        return ops.where(drawn[:, 4] < 0.1, ops.grey(pixels).to(torch.uint8).expand_as(pixels), pixels)
+        return ops.changed_where(drawn[:, 4] < 0.1, _colourless, pixels)
 
     def _by_policy(self, name: str, pixels: Tensor, draws: Draws) -> Tensor:
         """Image by image, as Pillow images, with the global generators seeded by each row."""
@@ -123,6 +128,14 @@ class Augmentation:
                 seed_all(draws.seed, draws.epoch, example_id, _PURPOSE[name])
                 into.copy_(pil_to_tensor(self._policies[name](to_pil_image(image))))
         return changed
+
+
+def _sharpened(pixels: Tensor) -> Tensor:
+    return ops.sharpness(pixels, torch.full((len(pixels),), 2.0, device=pixels.device))
+
+
+def _colourless(pixels: Tensor) -> Tensor:
+    return ops.grey(pixels).to(torch.uint8).expand_as(pixels)
 
 
 def _centred(uniform: Tensor) -> Tensor:

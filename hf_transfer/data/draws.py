@@ -34,6 +34,12 @@ class Draws:
     def __len__(self) -> int:
         return len(self.example_ids)
 
+    def __getitem__(self, rows: slice) -> Draws:
+        """Those of some of the rows."""
+        return Draws(
+            self.seed, self.epoch if isinstance(self.epoch, int) else self.epoch[rows], self.example_ids[rows]
+        )
+
     def bits(self, purpose: int, count: int) -> Tensor:
         """(N, count) int64, 64 random bits: `replay.key(seed, epoch, example_id[n], purpose << 32 | i)` at [n, i]."""
         counters = torch.arange(purpose << 32, (purpose << 32) + count, device=self._rows.device)

@@ -6,6 +6,7 @@ Those on 8-bit images are Pillow's and torchvision's, rounded where those cut of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,8 +14,6 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from .draws import Draws
-
-_NOISE_ROWS = 8  # at a time: the random bits of a whole batch need not be in memory at once
 
 
 def affine(pixels: Tensor, angle: Tensor, shift: Tensor, scale: Tensor, fill: Tensor) -> Tensor:
@@ -102,9 +101,12 @@ def grey(pixels: Tensor) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()[:, None]
 
 
-def where(chosen: Tensor, changed: Tensor, pixels: Tensor) -> Tensor:
-    """The changed images where chosen (N,) bool, the others as they were."""
-    return torch.where(chosen.view(-1, 1, 1, 1), changed, pixels)
+def changed_where(chosen: Tensor, operation: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """The images that are chosen, (N,) bool, changed, the others as they were."""
+    if pixels.device.type != "cpu":  # to ask which they are would wait for the device
+        return torch.where(chosen.view(-1, 1, 1, 1), operation(pixels), pixels)
+    rows = chosen.nonzero().flatten()
+    return pixels.index_copy(0, rows, operation(pixels[rows])) if len(rows) else pixels
 
 
 def add_noise(pixels: Tensor, scale: Tensor, draws: Draws, purpose: int) -> Tensor:
@@ -116,17 +118,10 @@ def add_noise(pixels: Tensor, scale: Tensor, draws: Draws, purpose: int) -> Tens
         draws: Of the N rows.
         purpose: What is drawn.
     """
-    table = _normals(pixels.device)
     count = pixels[0].numel()
-    for start in range(0, len(pixels), _NOISE_ROWS):
-        rows = slice(start, start + _NOISE_ROWS)
-        own = Draws(
-            draws.seed, draws.epoch if isinstance(draws.epoch, int) else draws.epoch[rows], draws.example_ids[rows]
-        )
-        sixteen = own.bits(purpose, math.ceil(count / 4)).view(torch.int16)[:, :count]  # 4 numbers of 16 bits in each
-        noise = table[sixteen.to(torch.int32) + 32768].view_as(pixels[rows])
-        pixels[rows] += noise * scale[rows]
-    return pixels
+    sixteen = draws.bits(purpose, math.ceil(count / 4)).view(torch.int16)[:, :count]  # 4 numbers of 16 bits in each
+    noise = _normals(pixels.device)[sixteen.to(torch.int32) + 32768].view_as(pixels)
+    return pixels.addcmul_(noise, scale)
 
 
 @lru_cache
@@ -137,7 +132,7 @@ def _normals(device: torch.device) -> Tensor:
 
 
 def _blend(pixels: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return _bytes(other + factor.float().view(-1, 1, 1, 1) * (pixels.float() - other))
+    return _bytes(torch.lerp(other, pixels.float(), factor.float().view(-1, 1, 1, 1)))
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .columns import EPOCH, EXAMPLE_ID
 from .decoding import decode_image, unreadable
 from .draws import Draws
 from .replay import Replayable
-from .resampling import Arrays
+from .resampling import Arrays, memory
 from .stills import (
     SPARE_SIDE,
     Normalise,
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..backbones import Backbone
+
+
+_TOGETHER = (
+    1 << 19
+)  # numbers of a batch that are augmented at once: fresh memory for all would cost more than the work
 
 
 def undecoded(dataset: Dataset, column: str) -> Dataset:
@@ -158,9 +163,18 @@ class ImageTransform(Replayable):
         """All else, where the pixels and the draws are: what `on_host` gave -> (N, C, H, W) float32."""
         if self.still.whole:
             return pixels.contiguous()
-        augmentation = self.augmentation
-        if augmentation is None:
+        if self.augmentation is None or not self.augmentation.after_crop:
             return self.normalise(pixels)
+        if pixels.device.type != "cpu":
+            return self._changed(pixels, draws, self.augmentation)
+        found = memory(pixels.shape, np.float32)
+        together = max(1, _TOGETHER // pixels[0].numel())
+        for start in range(0, len(pixels), together):
+            rows = slice(start, start + together)
+            found[rows] = self._changed(pixels[rows], draws[rows], self.augmentation)
+        return found
+
+    def _changed(self, pixels: Tensor, draws: Draws, augmentation: Augmentation) -> Tensor:
         if not augmentation.per_image:
             pixels = augmentation.on_images(pixels, draws)
         return augmentation.on_tensors(self.normalise(pixels), draws)

@@ -176,7 +176,7 @@ class ProcessorNormalise:
         self.processor = processor
 
     def __call__(self, pixels: Tensor) -> Tensor:  # (N, C, H, W) uint8, on any device
-        found = self.processor(images=list(pixels), return_tensors="pt", do_resize=False, do_center_crop=False)
+        found = self.processor(images=pixels, return_tensors="pt", do_resize=False, do_center_crop=False)
         return found["pixel_values"]
 
 
