@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..errors import TransferError
+from ..memory_formats import to_channels_last
 from ..objective import TEACHER_PREFIX, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
@@ -122,6 +123,8 @@ class DistillationTrainer(TransferTrainer):
             quantize=self.args.teacher_quantize,
         ).to(self.args.device)  # fmt: skip
         self.training_teacher = self.teacher
+        if self.args.channels_last and isinstance(self.teacher, NetworkTeacher):
+            to_channels_last(self.teacher.backbone.model)
         if not isinstance(self.teacher, CachedTeacher):
             self._scoring_teacher = RememberingTeacher(self.teacher)
         self._connect_terms()
