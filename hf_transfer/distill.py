@@ -128,7 +128,7 @@ def distill(
     data = load(dataset, run, seed)
     teachers = _teachers(teacher)
     student = _student(model, teachers[0], run, data, seed)
-    used = {**training_defaults(student.modality, run.tuning), **training}
+    used = {**training_defaults(student.modality, run.tuning, student.model), **training}
     args = arguments(DistillationConfig, used, training, data)
     metrics_of_task = compute_metrics_for(student.task, student.labels or student.outputs).names
     check_best_metric(args, [*metrics_of_task, *MEASURES])

@@ -86,7 +86,7 @@ def finetune(
     seed = training.get("seed", TRAINER_SEED)
     data = load(dataset, run, seed)
     backbone = starting_backbone(model, run, data, adapt=_makes_adapter(chosen), seed=seed)
-    used = {**training_defaults(backbone.modality, run.tuning), **training}
+    used = {**training_defaults(backbone.modality, run.tuning, backbone.model), **training}
     args = arguments(TransferConfig, used, training, data)
     check_best_metric(args, compute_metrics_for(backbone.task, backbone.labels or backbone.outputs).names)
     log_choices(run, backbone, args, {name: value for name, value in used.items() if name not in training})

@@ -6,7 +6,10 @@ Everything else is TrainingArguments' own default.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SHARED: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
@@ -36,12 +39,18 @@ _LEARNING_RATE: dict[str, dict[str, float]] = {
 }
 
 
-def training_defaults(modality: str, tuning: str) -> dict[str, Any]:
+def training_defaults(modality: str, tuning: str, model: nn.Module | None = None) -> dict[str, Any]:
     """The training arguments that are used where the user gives none.
 
     Args:
         modality: "image", "text" or "audio".
         tuning: A tuning's name; of an unnamed one (a Tuning of the user's own) the full fine-tune's rate is used.
+        model: The network that is trained, for what depends on its architecture.
     """
+    from .memory_formats import channels_last_pays
+
     rates = _LEARNING_RATE[modality]
-    return {**_SHARED, **_BY_MODALITY[modality], "learning_rate": rates.get(tuning, rates["full"])}
+    found = {**_SHARED, **_BY_MODALITY[modality], "learning_rate": rates.get(tuning, rates["full"])}
+    if modality == "image" and model is not None and channels_last_pays(model):
+        found["channels_last"] = True
+    return found

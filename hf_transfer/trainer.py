@@ -35,7 +35,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-)  # noqa: E402
+)
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize, has_length  # noqa: E402
@@ -45,6 +45,7 @@ from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
 from .errors import TransferError  # noqa: E402
 from .learning_rates import parameter_groups  # noqa: E402
+from .memory_formats import contiguous, to_channels_last  # noqa: E402
 from .objective import (  # noqa: E402
     CONTRACT_COLUMNS,
     Learner,
@@ -110,6 +111,7 @@ class TransferTrainer(Trainer):
         self.callback_handler = SparingCallbackHandler(
             seen.callbacks, seen.model, seen.processing_class, seen.optimizer, seen.lr_scheduler
         )
+        self._lay_out()
         self.objectives = list(objectives or ())
         if self.objectives:
             self._take_objectives()
@@ -121,6 +123,10 @@ class TransferTrainer(Trainer):
                 "where it is made, or load it without streaming."
             )
         self._add_own_callbacks()
+
+    def _lay_out(self) -> None:
+        if self._option("channels_last"):
+            to_channels_last(self.model)
 
     def _add_own_callbacks(self) -> None:
         if self._option("stop_on_nonfinite_loss"):
@@ -175,6 +181,7 @@ class TransferTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not any(p.requires_grad for p in self.model.parameters()):
             raise TransferError("Nothing is left to train: every parameter is frozen. Apply another tuning.")
+        self._lay_out()  # of model_init a new one
         if self._option("ema_decay"):
             from .weights import ExponentialAverage
 
@@ -660,6 +667,8 @@ class TransferTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None or not isinstance(plain_model(self.model), PreTrainedModel):
+            if state_dict is None and self._option("channels_last"):
+                state_dict = contiguous(self.model.state_dict())
             return super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return None

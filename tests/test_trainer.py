@@ -728,3 +728,134 @@ def test_trainer_state_is_the_trainers(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert {"loss", "grad_norm", "learning_rate", "cross_entropy", "dann", "l2sp"} <= set(state["log_history"][0])
+
+
+# ---- what a step costs no more ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", [None, [CrossEntropy()]], ids=["own loss", "terms"])
+def test_floating_point_operations_are_those_the_trainer_counts(tmp_path: Path, terms: Any) -> None:
+    stock = Trainer(
+        model=text_model(), args=config(tmp_path / "stock"), train_dataset=rows().remove_columns("example_id")
+    )
+    stock.train()
+    ours = TransferTrainer(model=text_model(), args=config(tmp_path / "ours"), train_dataset=rows(), objectives=terms)
+    ours.train()
+    assert ours.state.total_flos == stock.state.total_flos > 0
+
+
+def test_what_only_the_stock_step_knows_is_left_to_it_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainers = []
+    for name, options in (("ours", {}), ("stock", {"torch_empty_cache_steps": 1})):
+        trainer = TransferTrainer(
+            model=text_model(), args=config(tmp_path / name, **options), train_dataset=rows(),
+            objectives=[CrossEntropy()],
+        )  # fmt: skip
+        with caplog.at_level(logging.INFO, logger="hf_transfer.trainer"):
+            trainer.train()
+        assert ("stock Trainer's step runs, because of torch_empty_cache_steps" in caplog.text) is (name == "stock")
+        trainers.append(trainer)
+    assert_equal(weights(trainers[0].model), weights(trainers[1].model))
+
+
+class Switching(TrainerCallback):
+    """Puts the model in eval mode, or only its last layer."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.modes = part, []  # type: ignore[var-annotated]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.get_submodule(self.part).eval()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.modes.append(all(module.training for module in model.modules()))
+
+
+@pytest.mark.parametrize("part", ["", "classifier", "bert.encoder.layer.1.output.dropout"])
+def test_training_is_in_train_mode_whatever_a_callback_switched(tmp_path: Path, part: str) -> None:
+    switching = Switching(part)
+    trainer = TransferTrainer(
+        model=text_model(), args=config(tmp_path), train_dataset=rows(), objectives=[CrossEntropy()],
+        callbacks=[switching],
+    )  # fmt: skip
+    trainer.train()
+    assert switching.modes == [True] * STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_loss_amid_an_accumulation_stops_before_the_step(tmp_path: Path, bad: int) -> None:
+    class Spoiling(TransferTrainer):
+        seen = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.seen += 1
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.seen == bad + 1 else loss
+
+    args = config(tmp_path, gradient_accumulation_steps=2, train_sampling_strategy="sequential")
+    trainer = Spoiling(model=text_model(), args=args, train_dataset=rows(), objectives=[CrossEntropy()])
+    before = weights(trainer.model)
+    first = 1000 + 4 * bad
+    with pytest.raises(NonFiniteLoss, match=rf"step 0.*\[{first}, {first + 1}, {first + 2}, {first + 3}\]"):
+        trainer.train()
+    assert_equal(weights(trainer.model), before)
+
+
+def test_streamed_metrics_are_those_the_trainer_gathers(tmp_path: Path) -> None:
+    args = config(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=5)
+    trainer = TransferTrainer(
+        model=text_model(), args=args, eval_dataset=rows(), objectives=[CrossEntropy()],
+        compute_metrics=compute_metrics_for("text-classification", CLASSES),
+    )  # fmt: skip
+    streamed = trainer.evaluate()
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits  # the Trainer's own way then
+    gathered = trainer.evaluate()
+    timings = ("runtime", "per_second", "preparation_time")
+    for found in (streamed, gathered):
+        for name in [name for name in found if name.endswith(timings)]:
+            del found[name]
+    assert streamed == gathered and "eval_macro_f1" in streamed
+
+
+# ---- frozen layers that stay live -----------------------------------------------------------------------------------
+
+
+def test_no_graph_is_built_below_what_trains_and_statistics_stay(tmp_path: Path) -> None:
+    from hf_transfer import PartialFreeze, load_backbone
+
+    torch.manual_seed(0)
+    model = load_backbone("test_resnet", labels=["a", "b", "c"], pretrained=False, image_size=32).model
+    PartialFreeze(1).apply(model)
+    graphs: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(
+                lambda module, args, output, name=name: graphs.__setitem__(name, output.requires_grad)
+            )
+    frozen = {n for n, m in model.named_modules() if not any(p.requires_grad for p in m.parameters())}
+    held = {name: value.clone() for name, value in model.named_buffers() if name.rpartition(".")[0] in frozen}
+    data = Dataset.from_dict({"pixel_values": torch.randn(8, 3, 32, 32).tolist(), "labels": [0, 1] * 4})
+    trainer = TransferTrainer(model=model, args=config(tmp_path), train_dataset=data, objectives=[CrossEntropy()])
+    trainer.train()
+    order = list(graphs)
+    built = [graphs[name] for name in order]
+    assert not built[0] and built[-1]
+    below = order[: built.index(True)]
+    assert len(below) > len(order) // 3
+    assert not any(parameter.requires_grad for name in below for parameter in model.get_submodule(name).parameters())
+    assert_equal(dict(model.named_buffers()), {**dict(model.named_buffers()), **held})
+    assert any("running_mean" in name for name in held)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "probe"])
+def test_an_input_with_a_gradient_or_adapters_keep_theirs(tuning: str) -> None:
+    from hf_transfer import LinearProbe
+
+    model = (LoRA() if tuning == "lora" else LinearProbe()).apply(image_model()).train()
+    images = torch.randn(2, 3, 8, 8, requires_grad=tuning == "probe")
+    model(pixel_values=images).logits.sum().backward()
+    if tuning == "probe":  # a frozen network is a function of its input still
+        assert images.grad is not None and images.grad.any()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -30,6 +30,7 @@ from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..data.stored_rows import StoredRows
 from ..disk import free_bytes
 from ..errors import TransferError
+from ..memory_formats import to_channels_last
 from ..objective import TEACHER_PREFIX, UNLABELLED, Learner, Objective, model_inputs
 from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
@@ -129,6 +130,8 @@ class DistillationTrainer(TransferTrainer):
             quantize=self.args.teacher_quantize,
         ).to(self.args.device)  # fmt: skip
         self.training_teacher = self.teacher
+        if self.args.channels_last and isinstance(self.teacher, NetworkTeacher):
+            to_channels_last(self.teacher.backbone.model)
         if not isinstance(self.teacher, CachedTeacher):
             self._scoring_teacher = RememberingTeacher(self.teacher)
         self._connect_terms()
