@@ -46,7 +46,7 @@ BANKING = "banking77, MiniLM, 10,003 rows less 10 % held out"
 WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
 XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
 SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
-KD_CIFAR = "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 from scratch, the same rows, 16 epochs"
+KD_CIFAR = "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 from scratch, the same rows, 12 epochs"
 KD_SST2 = "Distillation, SST-2: the full fine-tune above into three of its layers, and into a BiLSTM; validation split"
 
 _CIFAR = (
@@ -61,11 +61,12 @@ _XRAY = f"--model {MOBILENET} --dataset {SHARED}/data/pneumonia"
 _SPEECH = f"--model runs/benchmarks/tiny_ast --dataset {SHARED}/data/spoken_digits --label_column label"
 _STUDENT = (
     f"--dataset {SHARED}/data/cifar10 --image_size 96 --max_train_samples 10000 --max_eval_samples 2000 "
-    "--num_train_epochs 16 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no"
+    "--num_train_epochs 12 --learning_rate 3e-3 --per_device_train_batch_size 64 --save_strategy no --eval_strategy no"
 )
 _KD_CIFAR = (
-    f"--teacher runs/benchmarks/kd_cifar_teacher-seed42 {_STUDENT} --teacher_cache always --teacher_cache_views 2"
+    f"--teacher runs/benchmarks/kd_cifar_teacher-seed42 {_STUDENT} --teacher_cache always --teacher_cache_views 6"
 )
+_SOFT = "SoftTargets(temperature=4.0,weight=0.9)"
 _KD_SST2 = f"--teacher runs/benchmarks/sst2_full-seed42 --dataset {SHARED}/data/sst2 --save_strategy no"
 _BILSTM = f"{_KD_SST2} --model bilstm --learning_rate 2e-3 --num_train_epochs 6"
 
@@ -95,8 +96,16 @@ JOBS = {
         "labels alone",
         "finetune_cifar",
         f"--model lcnet_050 --pretrained false --label_smoothing_factor 0 {_STUDENT}",
+        seeds=SEEDS,
     ),
-    "kd_cifar_soft": Job(KD_CIFAR, "soft targets", "distill_cifar", _KD_CIFAR),
+    "kd_cifar_soft": Job(KD_CIFAR, "soft targets", "distill_cifar", _KD_CIFAR, seeds=SEEDS),
+    "kd_cifar_hint": Job(
+        KD_CIFAR,
+        "soft targets and a hint on the features",
+        "distill_cifar",
+        f"{_KD_CIFAR} --objectives {_SOFT} Hint(layers='features',weight=10.0)",
+        seeds=SEEDS,
+    ),
     "kd_sst2_carve": Job(KD_SST2, "3 of 6 layers, soft targets", "distill_sst2", _KD_SST2, split="validation"),
     "kd_sst2_bilstm_labels": Job(
         KD_SST2,
