@@ -25,10 +25,10 @@ from .runs import (
     arguments,
     check_output,
     evaluate_splits,
+    finish,
     load,
     log_choices,
     prepare_splits,
-    publish_result,
     shown,
     split_options,
 )
@@ -158,12 +158,7 @@ def distill(
         "seconds": {"train": round(seconds, 1), "total": round(time.time() - started, 1)},
     }
     result = Result(student, metrics, trainer.state.log_history, trained, facts, Path(args.output_dir))
-    if trainer.is_world_process_zero():
-        result.save(result.folder)
-    trainer.accelerator.wait_for_everyone()
-    if publish and trainer.is_world_process_zero():
-        publish_result(result, args)
-    return result
+    return finish(result, trainer, args, publish=publish)
 
 
 def _shown_teacher(teacher: Any) -> str:

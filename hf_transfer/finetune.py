@@ -22,10 +22,10 @@ from .runs import (
     arguments,
     check_output,
     evaluate_splits,
+    finish,
     load,
     log_choices,
     prepare_splits,
-    publish_result,
     shown,
     split_options,
 )
@@ -113,12 +113,7 @@ def finetune(
     if isinstance(done.trainer, CachedTrainer):
         facts["cache"] = str(done.trainer.cut)
     result = Result(backbone, metrics, done.history, trained, facts, Path(args.output_dir))
-    if done.trainer.is_world_process_zero():
-        result.save(result.folder)
-    done.trainer.accelerator.wait_for_everyone()
-    if publish and done.trainer.is_world_process_zero():
-        publish_result(result, args)
-    return result
+    return finish(result, done.trainer, args, publish=publish)
 
 
 def _tuning(tuning: str | Tuning, run: RunConfig) -> Tuning:

@@ -194,10 +194,25 @@ def repository(args: TransferConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def publish_result(result: Result, args: TransferConfig) -> None:
-    """Uploads the finished run folder, as the arguments say."""
-    private, token, revision = args.hub_private_repo, args.hub_token, args.hub_revision
-    result.push_to_hub(repository(args), private=private, token=token, revision=revision)
+def finish(result: Result, trainer: TransferTrainer, args: TransferConfig, *, publish: bool) -> Result:
+    """Saves a run's folder on the first process, for which all wait, and uploads it where that was asked for.
+
+    Args:
+        result: What the run gave.
+        trainer: Its last.
+        args: The Trainer's arguments, which say where to.
+        publish: Whether to upload, as `check_output` answered.
+
+    Returns:
+        The result.
+    """
+    if trainer.is_world_process_zero():
+        result.save(result.folder)
+    trainer.accelerator.wait_for_everyone()
+    if publish and trainer.is_world_process_zero():
+        where: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}
+        result.push_to_hub(repository(args), revision=args.hub_revision, **where)
+    return result
 
 
 def prepare_splits(data: Data, backbone: Backbone, run: RunConfig, args: TransferConfig) -> dict[str, Any]:
