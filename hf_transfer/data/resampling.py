@@ -50,8 +50,8 @@ def memory(shape: Sequence[int], dtype: type[np.generic]) -> Tensor:
     """A CPU tensor that is yet to be filled.
 
     numpy asks the kernel for huge pages where an array is large, and torch does not: of a batch at 224 px, the page
-    faults of torch's memory take longer than to normalise it. Delete this when torch.empty does
-    (https://github.com/pytorch/pytorch, THP_MEM_ALLOC_ENABLE is off by default).
+    faults of torch's memory take longer than to normalise it. Delete this when torch.empty does so by default
+    (https://github.com/pytorch/pytorch/pull/107697 left it to the environment, THP_MEM_ALLOC_ENABLE).
     """
     return torch.from_numpy(np.empty(shape, dtype))
 
