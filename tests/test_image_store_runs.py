@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import tiny_runs
 import torch
 
-from hf_transfer import TransferConfig, TransferError, TransferTrainer, distill, finetune, load_backbone
+from hf_transfer import TransferConfig, TransferError, TransferTrainer, disk, distill, finetune, load_backbone
 from hf_transfer.config import RunConfig
 from hf_transfer.data import on_device, store_choice
 from hf_transfer.data.collate import collator_for
@@ -142,6 +145,12 @@ def test_a_full_disk_is_seen_before(start: Path, monkeypatch: pytest.MonkeyPatch
         run(start, "c", "always")
 
 
+def test_a_folder_that_cannot_be_written_is_no_store(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.os, "access", lambda folder, mode: False)
+    with pytest.raises(TransferError, match="stores cannot be written to: give another image_store_dir"):
+        run(start, "a", "always")
+
+
 def test_texts_have_no_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="hf_transfer")
     folder = tiny_runs.text_backbone(tmp_path / "start")
@@ -189,3 +198,19 @@ def test_by_hand_and_on_an_accelerator(start: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(on_device, "finished", seen)
     assert torch.equal(tiny_runs.logits(trained(stored, start.parent / "c", start), **IMAGES), expected)
     assert kinds == [torch.uint8] * 4
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store_and_train_as_without(tmp_path: Path) -> None:
+    tests = Path(__file__).resolve().parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    script = str(tests / "stored_processes.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found in (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)):
+        assert found["stores"] == 2
+        assert torch.equal(*found["logits"])
+        assert found["metrics"][0] == found["metrics"][1]

@@ -3,8 +3,8 @@
 Each axis is resampled by a triangle or cubic filter that widens as the image shrinks, with weights of 16-bit integers,
 and rounded to 8 bits: what Pillow does, and torch's `interpolate` on uint8. There are two ways of computing it here,
 equal bit for bit: torch's own kernel, image by image, and, for small images, products with weight matrices, whose sums
-are whole numbers that float32 holds exactly. At 32 px the kernel takes 1.7 times as long as the products, at 48 px
-they are even, and at 224 px the products take 16 times as long (benchmarks/input_pipeline.py).
+are whole numbers that float32 holds exactly. At 32 px the kernel takes about 1.5 times as long as the products, at
+48 px they are even, and at 224 px the products take 14 times as long (benchmarks/input_pipeline.py).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def memory(shape: Sequence[int], dtype: type[np.generic]) -> Tensor:
     """A CPU tensor that is yet to be filled.
 
     numpy asks the kernel for huge pages where an array is large, and torch does not: of a batch at 224 px, the page
-    faults of torch's memory take longer than to normalise it. Delete this when torch.empty does
-    (https://github.com/pytorch/pytorch, THP_MEM_ALLOC_ENABLE is off by default).
+    faults of torch's memory take longer than to normalise it. Delete this when torch.empty does so by default
+    (https://github.com/pytorch/pytorch/pull/107697 left it to the environment, THP_MEM_ALLOC_ENABLE).
     """
     return torch.from_numpy(np.empty(shape, dtype))
 

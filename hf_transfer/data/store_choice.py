@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..disk import SPARE, free_bytes
+from ..disk import SPARE, free_bytes, is_writable
 from ..errors import TransferError
 from .pixel_store import MANIFEST, StoreTooLarge
 from .stored_rows import StorePlan, has_images, store_name
@@ -80,6 +80,8 @@ def _obstacle(plans: Mapping[str, StorePlan], home: Path, run: RunConfig, args: 
     epochs = _epochs(len(plans["train"].prepared), args)
     if run.image_store == "auto" and epochs <= 1:
         return f"{round(epochs, 2):g} epoch(s) decode no image twice."
+    if not is_writable(home):
+        return f"{home} cannot be written to: give another image_store_dir."
     size, free = sum(plan.bytes for plan in plans.values()), free_bytes(home)
     said = f"{'; '.join(f'{split}: {plan}' for split, plan in plans.items())}; {free / 2**20:,.0f} MiB free in {home}"
     logger.info("Image store over %g epochs: %s", round(epochs, 2), said)

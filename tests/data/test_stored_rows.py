@@ -18,6 +18,7 @@ from hf_transfer.data import on_device
 from hf_transfer.data.augmentations import AUGMENTATIONS
 from hf_transfer.data.collate import collator_for
 from hf_transfer.data.columns import Columns
+from hf_transfer.data.draws import Draws
 from hf_transfer.data.on_device import finished, handing_over
 from hf_transfer.data.replay import dataset_epoch, is_random
 from hf_transfer.data.sampling import BalancedSampler
@@ -193,7 +194,6 @@ def test_large_images_are_shrunk_once_and_little_changes(tmp_path):
 
 def _whole_crop(stored, image, epoch: int) -> torch.Tensor:
     """The crop of that epoch, cut from the whole image."""
-    from hf_transfer.data.draws import Draws
     from hf_transfer.data.random_boxes import random_crops
 
     draws = Draws(0, epoch, stored.ids[:1])
@@ -267,3 +267,23 @@ def test_a_row_knows_the_epoch_in_which_it_was_taken(tmp_path):
     assert isinstance(row, StoredRow) and row["epoch"] == 0
     assert torch.equal(row["pixel_values"], before)
     assert not torch.equal(stored[0]["pixel_values"], before)
+
+
+def test_large_images_are_augmented_a_few_at_a_time(tmp_path):
+    backbone = FakeBackbone(data_config={**COLOUR, "input_size": (3, 224, 224)})
+    stored = store_images(prepare_train(ragged(), backbone, augment=ALL), tmp_path / "store")
+    whole = collator_for(backbone)([stored[row] for row in range(6)])["pixel_values"]
+    for row in range(6):
+        assert torch.equal(stored[row]["pixel_values"], whole[row])
+
+
+@pytest.mark.parametrize("config", [COLOUR, GREY], ids=["colour", "grey"])
+def test_on_a_device_nothing_is_left_on_the_cpu(tmp_path, config):
+    """torch's "meta" device computes nothing, and refuses tensors of another."""
+    backbone = FakeBackbone(data_config=dict(config))
+    stored = store_images(prepare_train(ragged(), backbone, augment=ALL), tmp_path / "store")
+    channels, height, width = config["input_size"]
+    pixels = torch.empty(6, channels, height, width, dtype=torch.uint8, device="meta")
+    ids = stored.ids.to("meta")
+    found = stored.transform.on_device(pixels, Draws(0, torch.zeros_like(ids), ids))
+    assert found.device.type == "meta" and found.shape == (6, *config["input_size"]) and found.dtype == torch.float32
