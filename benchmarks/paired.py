@@ -164,7 +164,9 @@ def interleave(
             _compare_rounds(found, name, outcome.result, repeats, distance, label)
             if i >= 0:
                 _keep(found, name, outcome.clocks)
-            told.append(f"{name} {sum(clock.cpu for clock in outcome.clocks.values()):.2f}")
+            told.append(
+                f"{name} {max(clock.cpu for clock in outcome.clocks.values()):.2f}"
+            )  # the whole, not its parts
         if i <= -warm_up:  # once, as early as can be
             _compare_arms(found, same, distance, label)
         print(f"{label}: round {i + 1} of {rounds}: {', '.join(sorted(told))} s of CPU", file=sys.stderr, flush=True)
