@@ -5,9 +5,10 @@
 
 Both arms of a case run once a round in one process, in an order drawn anew each round, from the same weights over the
 same batches. The bare loop reads them from memory, and does what the Trainer's arguments ask for: the same forward
-pass in the same modes, cross-entropy, the backward pass, the norm of the gradients clipped to 1, AdamW in transformers'
-two groups, a linear schedule. That the work is equal is checked by its results: both end with the same weights, and
-report the same metrics. Times are CPU times of the process; a figure is the median of the rounds' ratios.
+pass in the same modes, cross-entropy, the backward pass, the norm of the gradients clipped to 1, AdamW in the two
+groups that transformers makes, a linear schedule. That the work is equal is checked by its results: both end with the
+same weights, and report the same metrics. Times are CPU times of the process; a figure is the median of the rounds'
+ratios.
 """
 
 import argparse
@@ -195,7 +196,7 @@ def head(kind: str, batch_size: int, folder: str, rows: int = 2048, epochs: int 
             objectives=[CrossEntropy()],
         )  # fmt: skip
 
-    everything = [batch for batch in make().get_train_dataloader()]
+    everything = list(make().get_train_dataloader())
     ids = torch.cat([batch["example_id"] for batch in everything])
     labels = torch.cat([batch["labels"] for batch in everything])
     values = torch.cat([batch["prefix_activation"] for batch in everything])

@@ -27,7 +27,9 @@ def merged(model: nn.Module) -> Iterator[bool]:
         Whether it is merged; the network is as it was if not.
     """
     layers = _mergeable(model)
-    kept = [(layer, parameter, parameter.data) for layer in layers for parameter in layer.get_base_layer().parameters()]
+    kept = [
+        (layer, parameter, parameter.data) for layer in layers for parameter in layer.get_base_layer().parameters()
+    ]
     try:
         for _, parameter, data in kept:
             parameter.data = data.clone()

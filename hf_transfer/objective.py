@@ -242,7 +242,9 @@ class Learner(nn.Module):
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of this batch by term, for the terms that count them."""
-        counted = {term.name: _exact(term.count(batch)) for term in self.terms() if self.training or term.in_evaluation}
+        counted = {
+            term.name: _exact(term.count(batch)) for term in self.terms() if self.training or term.in_evaluation
+        }
         return {name: count for name, count in counted.items() if count is not None}
 
     def forward(
@@ -312,7 +314,7 @@ class Learner(nn.Module):
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
         inputs = model_inputs(batch)
-        columns = {name: batch.get(name) for name in CONTRACT_COLUMNS}
+        columns: dict[str, Any] = {name: batch.get(name) for name in CONTRACT_COLUMNS}
         if not self._tapped:
             outputs = self.model(**inputs)
             logits = wide(logits_of(outputs))

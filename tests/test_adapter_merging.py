@@ -129,7 +129,9 @@ def test_evaluations_and_predictions_are_merged_and_training_is_not_moved(
     assert seen.within == {True} and seen.after == {False}
     a, b = state(watch.model), state(live.model)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    losses = [[entry["eval_loss"] for entry in each.state.log_history if "eval_loss" in entry] for each in (watch, live)]
+    losses = [
+        [entry["eval_loss"] for entry in each.state.log_history if "eval_loss" in entry] for each in (watch, live)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     predicted = [each.predict(each.eval_dataset).predictions for each in (watch, live)]
     assert predicted[0] == pytest.approx(predicted[1], rel=1e-4, abs=1e-5)

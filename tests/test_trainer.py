@@ -730,12 +730,14 @@ def test_trainer_state_is_the_trainers(tmp_path: Path) -> None:
     assert {"loss", "grad_norm", "learning_rate", "cross_entropy", "dann", "l2sp"} <= set(state["log_history"][0])
 
 
-# ---- what a step costs no more ----------------------------------------------------------------------------------------
+# ---- what a step costs no more -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terms", [None, [CrossEntropy()]], ids=["own loss", "terms"])
 def test_floating_point_operations_are_those_the_trainer_counts(tmp_path: Path, terms: Any) -> None:
-    stock = Trainer(model=text_model(), args=config(tmp_path / "stock"), train_dataset=rows().remove_columns("example_id"))
+    stock = Trainer(
+        model=text_model(), args=config(tmp_path / "stock"), train_dataset=rows().remove_columns("example_id")
+    )
     stock.train()
     ours = TransferTrainer(model=text_model(), args=config(tmp_path / "ours"), train_dataset=rows(), objectives=terms)
     ours.train()

@@ -75,6 +75,11 @@ class PrefixCache(TeacherCache):
         """
         return self._as_kept(self.signal(example_id, view, attention_mask if self._per_token else None))
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether there is a number of values a row (of texts, of patches), which `values` alone puts together."""
+        return self._per_token
+
     def places(self, example_ids: np.ndarray, view: int) -> np.ndarray:
         """Where rows are, for `at`.
 
@@ -86,7 +91,7 @@ class PrefixCache(TeacherCache):
             (N,) integers.
 
         Raises:
-            TransferError: If a row or view is not in the cache, or it holds a value for each token.
+            TransferError: If a row or view is not in the cache, or it `holds_tokens`.
         """
         if self._per_token:
             raise TransferError(f"The cache in {str(self.folder)!r} holds tokens: read it by values().")

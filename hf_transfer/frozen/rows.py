@@ -55,7 +55,7 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
         if collator is not None:
             self._whole = collator.targets([{n: self._columns[n][i] for n in kept} for i in range(len(self))])
             ids = np.asarray(self._columns[EXAMPLE_ID])
-            self._places = [cache.places(ids, view) for view in range(self.views)]  # (R,) each
+            self._places = [] if cache.holds_tokens else [cache.places(ids, view) for view in range(self.views)]
 
     @property
     def random(self) -> bool:
@@ -75,8 +75,11 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
             return [self[row] for row in rows]
         chosen = torch.as_tensor(rows)
         batch = CachedBatch({name: values.index_select(0, chosen) for name, values in self._whole.items()})
-        places = self._places[self.epoch.value % self.views if self.views > 1 else 0]
-        batch[ACTIVATION] = self.cache.at(places[chosen.numpy()])
+        view = self.epoch.value % self.views if self.views > 1 else 0
+        if self._places:
+            batch[ACTIVATION] = self.cache.at(self._places[view][chosen.numpy()])
+        else:
+            batch[ACTIVATION] = self.cache.values(batch[EXAMPLE_ID], view)
         return batch
 
 
