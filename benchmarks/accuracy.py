@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import distillation_cost
+import memory_formats
 import probes
+import trainer_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
@@ -194,7 +196,7 @@ def write() -> None:
     if adapt.exists():
         summary["adapt"] = json.loads(adapt.read_text())
         lines += _adaptation(summary["adapt"])
-    for ratios in (distillation_cost.table, probes.table):
+    for ratios in (distillation_cost.table, probes.table, trainer_cost.table, memory_formats.table):
         lines += ["", *ratios()]
     versions = next(facts["runs"][0]["versions"] for facts in summary.values() if "runs" in facts)
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]

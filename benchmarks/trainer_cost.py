@@ -466,20 +466,20 @@ def run(names: Sequence[str], rounds: int, path: Path = RESULTS) -> None:
     measured: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            if name == "memory":
-                measured["memory"] = memory(folder)
-                continue
             try:
-                measured["cases"][name] = measure(CASES[name](folder), rounds)
+                if name == "memory":
+                    measured["memory"] = memory(folder)
+                else:
+                    found = measured["cases"][name] = measure(CASES[name](folder), rounds)
+                    print(name, *(f"{value:.3f}" for value in ratios(found)), file=sys.stderr, flush=True)
             except FileNotFoundError as missing:
                 print(f"{name}: skipped, {missing}", file=sys.stderr)
                 continue
-        print(name, *(f"{value:.3f}" for value in ratios(measured["cases"][name])), file=sys.stderr, flush=True)
-    measured["machine"] = (
-        f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+        measured["machine"] = (
+            f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}"
+        )
+        path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
