@@ -5,9 +5,10 @@
 
 Both arms of a case run once a round in one process, in an order drawn anew each round, from the same weights over the
 same batches. The bare loop reads them from memory, and does what the Trainer's arguments ask for: the same forward
-pass in the same modes, cross-entropy, the backward pass, the norm of the gradients clipped to 1, AdamW in transformers'
-two groups, a linear schedule. That the work is equal is checked by its results: both end with the same weights, and
-report the same metrics. Times are CPU times of the process; a figure is the median of the rounds' ratios.
+pass in the same modes, cross-entropy, the backward pass, the norm of the gradients clipped to 1, AdamW in the two
+groups that transformers makes, a linear schedule. That the work is equal is checked by its results: both end with the
+same weights, and report the same metrics. Times are CPU times of the process; a figure is the median of the rounds'
+ratios.
 """
 
 import argparse
@@ -195,7 +196,7 @@ def head(kind: str, batch_size: int, folder: str, rows: int = 2048, epochs: int 
             objectives=[CrossEntropy()],
         )  # fmt: skip
 
-    everything = [batch for batch in make().get_train_dataloader()]
+    everything = list(make().get_train_dataloader())
     ids = torch.cat([batch["example_id"] for batch in everything])
     labels = torch.cat([batch["labels"] for batch in everything])
     values = torch.cat([batch["prefix_activation"] for batch in everything])
@@ -465,20 +466,20 @@ def run(names: Sequence[str], rounds: int, path: Path = RESULTS) -> None:
     measured: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            if name == "memory":
-                measured["memory"] = memory(folder)
-                continue
             try:
-                measured["cases"][name] = measure(CASES[name](folder), rounds)
+                if name == "memory":
+                    measured["memory"] = memory(folder)
+                else:
+                    found = measured["cases"][name] = measure(CASES[name](folder), rounds)
+                    print(name, *(f"{value:.3f}" for value in ratios(found)), file=sys.stderr, flush=True)
             except FileNotFoundError as missing:
                 print(f"{name}: skipped, {missing}", file=sys.stderr)
                 continue
-        print(name, *(f"{value:.3f}" for value in ratios(measured["cases"][name])), file=sys.stderr, flush=True)
-    measured["machine"] = (
-        f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+        measured["machine"] = (
+            f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}"
+        )
+        path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

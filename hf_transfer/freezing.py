@@ -46,7 +46,7 @@ _HOOKS = (keep_in_eval, keep_in_eval_except_batch_norm)
 
 
 def held_in_eval(model: nn.Module) -> set[nn.Module]:
-    """The modules whose mode is not that of `model.train()`, because they lie in a part that a hook holds in eval mode.
+    """The modules whose mode `model.train()` does not decide: they lie in a part that a hook holds in eval mode.
 
     Args:
         model: Any network.

@@ -314,7 +314,7 @@ class Learner(nn.Module):
 
     def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
         inputs = model_inputs(batch)
-        columns = {name: batch.get(name) for name in CONTRACT_COLUMNS}
+        columns: dict[str, Any] = {name: batch.get(name) for name in CONTRACT_COLUMNS}
         if not self._tapped:
             outputs = self.model(**inputs)
             logits = wide(logits_of(outputs))

@@ -26,8 +26,8 @@ class TransferConfig(TrainingArguments):
         ema_decay: Keep an exponential moving average of the weights with this decay, in (0, 1); it is what is
             evaluated, and what the model holds after training.
         early_stopping_patience: Stop after this many evaluations without a better `metric_for_best_model`.
-        channels_last: Lay out the weights of 2-D convolutions with the channels last in memory, which makes networks with
-            grouped convolutions (MobileNet, EfficientNet, LCNet, RegNet) faster. Checkpoints do not show it.
+        channels_last: Lay out the weights of 2-D convolutions with the channels last in memory, which makes networks
+            with grouped convolutions (MobileNet, EfficientNet, LCNet, RegNet) faster. Checkpoints do not show it.
         stop_on_nonfinite_loss: Stop at the first NaN or infinite loss, before the optimizer uses it.
         lr_scheduler_type: Also "step" and "multistep", with lr_scheduler_kwargs: {"gamma": 0.1, "step_size": 0.3} or
             {"gamma": 0.1, "milestones": [0.5, 0.75]}, as shares of training or in steps.

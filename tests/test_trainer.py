@@ -730,7 +730,7 @@ def test_trainer_state_is_the_trainers(tmp_path: Path) -> None:
     assert {"loss", "grad_norm", "learning_rate", "cross_entropy", "dann", "l2sp"} <= set(state["log_history"][0])
 
 
-# ---- what a step costs no more ----------------------------------------------------------------------------------------
+# ---- what a step costs no more -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terms", [None, [CrossEntropy()]], ids=["own loss", "terms"])

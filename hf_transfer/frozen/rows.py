@@ -58,7 +58,7 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
             rows_of_columns = [{n: values[i] for n, values in self._columns.items()} for i in range(len(self))]
             self._whole = collator.targets(rows_of_columns)
             ids = np.asarray(self._columns[EXAMPLE_ID])
-            self._places = [cache.places(ids, view) for view in range(self.views)]  # (R,) each
+            self._places = [] if cache.per_token else [cache.places(ids, view) for view in range(self.views)]
 
     @property
     def random(self) -> bool:
@@ -78,8 +78,11 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
             return [self[row] for row in rows]
         chosen = torch.as_tensor(rows)
         batch = CachedBatch({name: values.index_select(0, chosen) for name, values in self._whole.items()})
-        places = self._places[self.epoch.value % self.views if self.views > 1 else 0]
-        batch[ACTIVATION] = self.cache.at(places[chosen.numpy()])
+        view = self.epoch.value % self.views if self.views > 1 else 0
+        if self._places:
+            batch[ACTIVATION] = self.cache.at(self._places[view][chosen.numpy()])
+        else:
+            batch[ACTIVATION] = self.cache.values(batch[EXAMPLE_ID], view)
         return batch
 
 

@@ -155,7 +155,7 @@ def _short(value: Any) -> str:
 
 
 def _unwrapped(model: Any) -> Any:
-    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+    from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
     from transformers import PreTrainedModel
 

@@ -190,6 +190,21 @@ def test_auroc_orders_confident_rows():
     assert result["auroc"] == pytest.approx((1 + 5 / 6 + 1) / 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_of_equal_logits_the_lower_classes_come_first(dtype):
+    logits = torch.zeros(12, 12, dtype=dtype)
+    found = compute_metrics_for("image-classification", 12)(
+        EvalPrediction(predictions=logits, label_ids=torch.arange(12))
+    )
+    assert found["accuracy"] == 1 / 12 and found["top5_accuracy"] == 5 / 12
+    logits = torch.randn(200, 12, generator=torch.Generator().manual_seed(0)).mul(2).round().to(dtype)  # many ties
+    labels = torch.arange(200) % 12
+    found = compute_metrics_for("image-classification", 12)(EvalPrediction(predictions=logits, label_ids=labels))
+    best = logits.double().sort(dim=1, descending=True, stable=True).indices
+    assert found["top5_accuracy"] == pytest.approx(float((best[:, :5] == labels[:, None]).any(1).float().mean()))
+    assert found["accuracy"] == pytest.approx(float((best[:, 0] == labels).float().mean()))
+
+
 def test_one_call_with_everything_and_again():
     logits, labels = _classification(200, 4)
     metrics = compute_metrics_for("audio-classification", ["a", "b", "c", "d"])

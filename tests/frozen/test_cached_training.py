@@ -255,3 +255,37 @@ def test_two_processes_share_a_cache_and_train_as_without(tmp_path: Path) -> Non
         assert rank["difference"] < 1e-5
         assert rank["metrics"][0] == pytest.approx(rank["metrics"][1], abs=1e-5)
     assert torch.equal(ranks[0]["logits"], ranks[1]["logits"])
+
+
+def test_whole_batches_are_those_made_row_by_row(tmp_path: Path) -> None:
+    """Where nothing but labels, ids and activations is needed; tokens only where they are read."""
+    from hf_transfer.config import RunConfig
+    from hf_transfer.data.collate import collator_for
+    from hf_transfer.data.sources import load_data
+    from hf_transfer.data.transforms import prepare
+    from hf_transfer.frozen.choice import cached_data
+    from hf_transfer.frozen.rows import CachedBatch, CachedRows
+    from hf_transfer.objectives import CrossEntropy
+    from hf_transfer.transfer_config import TransferConfig
+
+    for kind in ("test_resnet", "bert"):
+        folder, splits, _ = start(kind, tmp_path / kind)
+        data = load_data(splits)
+        backbone = load_backbone(folder, labels=data.labels)
+        LinearProbe().apply(backbone.model)
+        rows = prepare(data.splits["train"], backbone, data.columns, train=False)
+        run_config = RunConfig(model="", dataset="", cache="always", cache_dir=str(tmp_path / "caches"))
+        for counted in ("no", "all"):
+            args = TransferConfig(output_dir=str(tmp_path), use_cpu=True, include_num_input_tokens_seen=counted)
+            collator = collator_for(backbone)
+            cached = cached_data(backbone, {"train": rows}, collator, args, [CrossEntropy()], run_config)
+            assert cached is not None and cached.cut.steps is not None
+            chosen = cached.train.__getitems__([5, 0, 3])
+            assert isinstance(chosen, CachedBatch) is (counted == "no" or kind != "bert")
+            slow = CachedRows(rows.select_columns(["labels", "example_id", *INPUTS[kind]]), cached.train.cache, 0)
+            one, other = cached.collator(chosen), cached.collator(slow.__getitems__([5, 0, 3]))
+            for name in ("labels", "example_id", "prefix_activation"):
+                assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name])
+
+
+INPUTS = {"test_resnet": [], "bert": ["input_ids", "attention_mask"]}

@@ -69,6 +69,8 @@ def test_rows_and_views_come_back_in_any_order(shape: Any, dtype: str, torch_dty
         found = cache.values(asked, view)
         assert found.dtype == torch_dtype
         assert torch.equal(found, value_of(asked, view, shape).to(torch_dtype))
+        if not cache.per_token:
+            assert torch.equal(cache.at(cache.places(asked.numpy(), view)), found)
     size = sum(path.stat().st_size for path in (tmp_path / "c" / "shards").glob("*.activations"))
     assert size == 10 * (row_bytes(shape, dtype) - 8)
 

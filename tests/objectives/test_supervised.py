@@ -57,6 +57,22 @@ def test_cross_entropy_of_hard_labels_and_tokens_is_pytorchs_mean(logits, hard, 
     torch.testing.assert_close(mean_of(term, logits, hard), expected, rtol=1e-6, atol=0)
     tokens = mean_of(term, logits.view(2, 3, 3), hard.view(2, 3))
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=0)
+    for each in (step_of(logits, hard), step_of(logits.view(2, 3, 3), hard.view(2, 3))):
+        own = term.own_mean(each)  # of a batch alone
+        assert own is not None
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=0)
+
+
+def test_without_labels_or_with_soft_ones_there_is_no_short_way_to_the_mean(logits, hard, soft) -> None:
+    term = CrossEntropy()
+    assert term.own_mean(step_of(logits, soft)) is None
+    assert term.own_mean(step_of(logits, torch.full_like(hard, -100))) is None
+    learner = Learner(nn.Linear(2, 3), [term], None)
+    batch = {"input": torch.randn(4, 2), "labels": torch.full((4,), -100)}
+    loss = learner(batch).loss
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in learner.parameters())
 
 
 def test_cross_entropy_by_its_formula(logits, soft) -> None:
