@@ -1,4 +1,4 @@
-"""Which rows a teacher was asked about, and in which shape: two hashes that a cache is keyed by."""
+"""Which rows a network saw, and in which shape: two hashes that a cache of its values is keyed by."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _parts(dataset: Any) -> list[Dataset | StoredRows]:
         return [rows.select(list(dataset.indices)) for rows in _parts(dataset.dataset)]
     if not isinstance(dataset, (Dataset, StoredRows)):
         raise TransferError(
-            f"A teacher cache needs data whose rows can be told apart: a datasets.Dataset from "
-            f"hf_transfer.data.transforms.prepare(), got {type(dataset).__name__}. Use the teacher live for others."
+            f"A cache needs data whose rows can be told apart: a datasets.Dataset from "
+            f"hf_transfer.data.transforms.prepare(), got {type(dataset).__name__}. Use no cache for others."
         )
     return [dataset]
 
@@ -104,7 +104,7 @@ def _transform_facts(transform: Any) -> Any:
     raise TransferError(
         f"The data carries a transform that cannot be replayed or told from another: {type(transform).__name__}. "
         "Prepare it with hf_transfer.data.transforms.prepare(), derive the transform from "
-        "hf_transfer.data.replay.Replayable, or use the teacher live."
+        "hf_transfer.data.replay.Replayable, or use no cache."
     )
 
 
