@@ -19,7 +19,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -164,11 +164,18 @@ def interleave(
             _compare_rounds(found, name, outcome.result, repeats, distance, label)
             if i >= 0:
                 _keep(found, name, outcome.clocks)
-            told.append(f"{name} {sum(clock.cpu for clock in outcome.clocks.values()):.2f}")
+            told.append(
+                f"{name} {max(clock.cpu for clock in outcome.clocks.values()):.2f}"
+            )  # the whole, not its parts
         if i <= -warm_up:  # once, as early as can be
             _compare_arms(found, same, distance, label)
         print(f"{label}: round {i + 1} of {rounds}: {', '.join(sorted(told))} s of CPU", file=sys.stderr, flush=True)
-    return found
+    return replace(found, cpu=_in_order(found.cpu, names), wall=_in_order(found.wall, names))
+
+
+def _in_order(seconds: Mapping[str, list[float]], arms: Sequence[str]) -> dict[str, list[float]]:
+    """By arm as they were given, rather than as they first ran."""
+    return {name: seconds[name] for arm in arms for name in seconds if name == arm or name.startswith(f"{arm} ")}
 
 
 def _keep(found: Measured, arm: str, clocks: Mapping[str, Clock]) -> None:

@@ -46,6 +46,7 @@ def test_every_arm_runs_once_a_round_in_an_order_of_the_seed(collected: list[int
         assert len({tuple(each) for each in by_round}) > 1
         assert found.cpu["a"] == [3, 4, 5, 6, 7]  # those of the warm-up are left out
         assert found.wall["b"] == [6, 8, 10, 12, 14] and found.cpu["c setup"] == [1] * 5
+        assert list(found.cpu) == list(found.wall) == ["a", "a setup", "b", "b setup", "c", "c setup"]
         orders.append(calls)
     assert orders[0] == orders[1] != orders[2]
     assert len(collected) == sum(map(len, orders))  # before each arm
