@@ -22,8 +22,8 @@ lint: $(INSTALLED)
 
 # Speed: half an hour of one core (and some minutes of a GPU, if there is one), on a machine without other work.
 # Accuracy: some hours on 2 cores; runs that are in runs/benchmarks are kept. Both need the data and weights in ../shared.
-SPEED := frozen_training trainer_cost input_pipeline distillation_cost evaluation_cost probes import_time cost_curves peers \
-	accelerator
+SPEED := frozen_training trainer_cost input_pipeline distillation_cost evaluation_cost probes import_time \
+	memory_formats cost_curves peers accelerator
 
 bench: $(INSTALLED)
 	for name in $(SPEED); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -1,8 +1,8 @@
 """How fast images reach the model: stored rows, and rows decoded anew, against a plain `datasets.with_transform`.
 
-    python benchmarks/input_pipeline.py --cifar ../shared/data/cifar10 --json benchmarks/input_pipeline.json
+    OMP_NUM_THREADS=1 python benchmarks/input_pipeline.py
 
-Three loaders in one process without workers, in turn and in shuffled order; each goes through the same rows:
+Three loaders in one process without workers; each goes through the same rows:
 plain    datasets.with_transform: Pillow, torchvision's RandomResizedCrop, flip, ToTensor, Normalize; default collate
 live     hf_transfer's prepare() and collator, decoded anew
 stored   the same rows from a PixelStore
@@ -11,18 +11,10 @@ At 32 px the rows are CIFAR-10's; at 224 px they are JPEGs of 500 x 375 cut from
 Then both ways of resizing a crop, image by image and by matrices (data/resampling.py), at several sizes.
 """
 
-from __future__ import annotations
-
-import argparse
-import cProfile
 import io
-import json
-import pstats
-import random
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +22,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from command import main
+from paired import Arm, Same, interleave, ratio, timed
+from results import Judged, load, markdown, measured_on, shared
 from torch.utils.data import DataLoader
 
 from hf_transfer._torchvision import make_torchvision_importable
@@ -48,6 +43,8 @@ from hf_transfer.data.transforms import prepare  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
+RESULTS = Path(__file__).with_suffix(".json")
+ROUNDS = 9
 
 
 @dataclass
@@ -64,19 +61,30 @@ class Backbone:
     model: Any = field(default=None, repr=False)
 
 
-@dataclass
-class Figure:
-    """CPU microseconds a row, and ratios of the first way to each: median, and the middle half of the rounds."""
+@dataclass(frozen=True)
+class Case:
+    """Ways to the same rows.
 
-    job: str
+    Attributes:
+        label: The job, for the table.
+        rows: How many.
+        arms: By name; the first is what the others are measured against.
+        target: How many times as fast `stored` is to be; None where nothing was set.
+        same: Arms whose results are equal; `check` compares the pixels of loaders once, before they are timed.
+        folder: Where the store lies, which goes with the case.
+    """
+
+    label: str
     rows: int
-    microseconds: dict[str, float]
-    ratios: dict[str, tuple[float, float, float]]
+    arms: Mapping[str, Arm]
+    target: float | None = None
+    same: tuple[Same, ...] = ()
+    folder: Any = None
 
 
-def cifar(folder: Path, rows: int) -> datasets.Dataset:
+def cifar(rows: int) -> datasets.Dataset:
     """CIFAR-10 test images as `image` (PNG) and `label`."""
-    found = datasets.Dataset.from_parquet(str(folder / "test.parquet"), keep_in_memory=True).select(range(rows))
+    found = datasets.Dataset.from_parquet(shared("data/cifar10/test.parquet"), keep_in_memory=True).select(range(rows))
     return found.rename_columns({found.column_names[0]: "image"})
 
 
@@ -136,89 +144,88 @@ def check(found: Mapping[str, DataLoader]) -> None:
         assert torch.equal(live["pixel_values"], stored["pixel_values"])
 
 
-def measured(jobs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each job in each round, in shuffled order; a first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    order = random.Random(0)
-    for number in range(rounds + 1):
-        for name in order.sample(list(jobs), len(jobs)):
-            began = time.process_time()
-            jobs[name]()
-            if number:
-                seconds[name].append(time.process_time() - began)
-    return seconds
+def loading(label: str, rows: datasets.Dataset, side: int, target: float) -> Case:
+    """The three loaders of some rows."""
+    folder = tempfile.TemporaryDirectory()
+    found = loaders(rows, side, Path(folder.name) / "store")
+    check(found)
+    arms = {
+        name: timed(lambda loader=loader: sum(len(batch["labels"]) for batch in loader))
+        for name, loader in found.items()
+    }
+    same = (Same("live", "plain", 0.0), Same("stored", "plain", 0.0))
+    return Case(label, len(rows), arms, target, same, folder)
 
 
-def figure(job: str, rows: datasets.Dataset, side: int, rounds: int, *, profiled: bool = False) -> Figure:
-    """One job's measurement."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = loaders(rows, side, Path(folder) / "store")
-        check(found)
-        jobs = {name: (lambda loader=loader: _run(loader)) for name, loader in found.items()}
-        seconds = measured(jobs, rounds)
-        if profiled:
-            profile = cProfile.Profile()
-            profile.runcall(jobs["stored"])
-            pstats.Stats(profile).sort_stats("tottime").print_stats(12)
-    return _figure(job, len(rows), seconds, "plain")
-
-
-def resampling_figures(rounds: int) -> list[Figure]:
+def resizing(side: int, size: int) -> Case:
     """Crop and resize of 64 RGB images from one side to another: by the kernel, and by matrices in its place."""
-    found, generator = [], np.random.default_rng(0)
-    for side, size in ((28, 32), (32, 32), (48, 48), (96, 96), (256, 224)):
-        stack = generator.integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8)
-        draws = Draws(0, 0, torch.arange(BATCH))
-        boxes, flipped = random_crops(np.full(BATCH, side), np.full(BATCH, side), draws, 1, area=(0.5, 1.0))
-        arguments = (boxes, flipped, (size, size), False)
-        jobs = {
-            "kernel": lambda s=stack, a=arguments: resampling._one_by_one(s, *a),
-            "matrices": lambda s=stack, a=arguments: resampling._by_matrices(s, *resampling._matrices(s, *a)),
-        }
-        assert torch.equal(jobs["kernel"](), jobs["matrices"]())
-        seconds = measured(jobs, rounds)
-        found.append(_figure(f"crop of {side} px to {size} px", BATCH, seconds, "kernel"))
-    return found
+    stack = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8)
+    draws = Draws(0, 0, torch.arange(BATCH))
+    boxes, flipped = random_crops(np.full(BATCH, side), np.full(BATCH, side), draws, 1, area=(0.5, 1.0))
+    arguments = (boxes, flipped, (size, size), False)
+    arms = {
+        "kernel": timed(lambda: resampling._one_by_one(stack, *arguments)),
+        "matrices": timed(lambda: resampling._by_matrices(stack, *resampling._matrices(stack, *arguments))),
+    }
+    same = (Same("matrices", "kernel", 0.0),)
+    return Case(f"crop of {side} px to {size} px", BATCH, arms, same=same)
 
 
-def _figure(job: str, rows: int, seconds: Mapping[str, list[float]], base: str) -> Figure:
-    ratios = {}
-    for name in seconds.keys() - {base}:
-        each = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
-        low, middle, high = np.percentile(each, [25, 50, 75])
-        ratios[name] = (round(float(middle), 2), round(float(low), 2), round(float(high), 2))
-    micro = {name: round(median(times) / rows * 1e6, 1) for name, times in seconds.items()}
-    return Figure(job, rows, micro, ratios)
+# ---- figures ------------------------------------------------------------------------------------------------------
 
 
-def _run(loader: DataLoader) -> None:
-    for _ in loader:
-        pass
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Times the ways of a case."""
+    found = interleave(case.arms, label=case.label, rounds=rounds, same=case.same)
+    return {"label": case.label, "rows": case.rows, "target": case.target, **found.facts()}
 
 
-def main() -> None:
-    """Measures both sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", type=Path, help="Folder with CIFAR-10's test.parquet; without it, 224 px only.")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, nargs=2, default=(1024, 192), help="Rows at 32 px and at 224 px.")
-    parser.add_argument("--json", type=Path, help="Also write the figures there.")
-    parser.add_argument("--profile", action="store_true", help="Also show where the time of stored rows goes.")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    figures = []
-    if options.cifar is not None:
-        small = cifar(options.cifar, options.rows[0])
-        figures.append(figure("CIFAR-10 at 32 px", small, 32, options.rounds, profiled=options.profile))
-    large = photographs(options.rows[1])
-    figures.append(figure("JPEGs of 500 x 375 at 224 px", large, 224, options.rounds, profiled=options.profile))
-    figures += resampling_figures(options.rounds)
-    for found in figures:
-        print(found)
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(found) for found in figures], indent=1))
+def judged(path: Path = RESULTS) -> list[Judged]:
+    """The lines of the table of targets."""
+    return [
+        Judged(
+            f"input pipeline, {found['label']}", "datasets.with_transform", ">=", found["target"],
+            ratio(found, "plain", "stored"),
+        )
+        for found in load(path).values()
+        if found["target"] is not None
+    ]  # fmt: skip
+
+
+def table(path: Path = RESULTS) -> list[str]:
+    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
+    cases = load(path)
+    if not cases:
+        return []
+    rows = []
+    for found in cases.values():
+        base, *others = found["cpu"]
+        micro = {name: median(seconds) / found["rows"] * 1e6 for name, seconds in found["cpu"].items()}
+        for name in others:
+            both = ratio(found, base, name), ratio(found, base, name, "wall")
+            rows.append((found["label"], f"{base} / {name}", *both, f"{micro[base]:.0f} / {micro[name]:.0f}"))
+    return [
+        "## How fast images reach the model",
+        "",
+        "How many times as long the first way takes. plain: datasets.with_transform; live: prepare(), decoded anew;",
+        "stored: prepare() with an image store; kernel, matrices: both ways to resize a crop.",
+        "",
+        *markdown(["images", "ways", "CPU time", "wall time", "us a row"], rows),
+        "",
+        f"`python benchmarks/input_pipeline.py` on {measured_on(cases.values())}.",
+    ]
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "32px": lambda: loading("CIFAR-10 at 32 px", cifar(1024), 32, 8.0),
+    "224px": lambda: loading("JPEGs of 500 x 375 at 224 px", photographs(192), 224, 4.0),
+    **{
+        f"crop-{side}-{size}": lambda side=side, size=size: resizing(side, size)
+        for side, size in ((28, 32), (32, 32), (48, 48), (96, 96), (256, 224))
+    },
+}
 
 
 if __name__ == "__main__":
-    main()
+    datasets.disable_progress_bars()
+    main(__doc__, CASES, measure, table, RESULTS, ROUNDS)

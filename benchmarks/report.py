@@ -12,14 +12,17 @@ import distillation_cost
 import evaluation_cost
 import frozen_training
 import import_time
+import input_pipeline
+import memory_formats
 import peers
 import probes
+import trainer_cost
 from results import Judged, markdown
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-JUDGED = (frozen_training, distillation_cost, evaluation_cost, probes, import_time)
+JUDGED = (frozen_training, trainer_cost, input_pipeline, distillation_cost, evaluation_cost, probes, import_time)
 """The benchmarks with targets: `judged()` are their lines of the first table, `table()` their section of the page."""
-OTHERS = (cost_curves, peers, accelerator)
+OTHERS = (memory_formats, cost_curves, peers, accelerator)
 """Those that have a section only."""
 
 

@@ -1,28 +1,17 @@
-"""What the Trainer costs: a training step beside a bare loop's, and an evaluation beside a bare one with its metrics.
+"""What the Trainer costs: a training step beside a bare loop's (evaluation_cost.py is about evaluations).
 
     OMP_NUM_THREADS=1 python benchmarks/trainer_cost.py                        # all cases
-    OMP_NUM_THREADS=1 python benchmarks/trainer_cost.py head-text --rounds 9   # one; the others' figures stay
+    OMP_NUM_THREADS=1 python benchmarks/trainer_cost.py head-text-32 --rounds 9   # one; the others' figures stay
 
-Both arms of a case run once a round in one process, in an order drawn anew each round, from the same weights over the
-same batches. The bare loop reads them from memory, and does what the Trainer's arguments ask for: the same forward
-pass in the same modes, cross-entropy, the backward pass, the norm of the gradients clipped to 1, AdamW in the two
-groups that transformers makes, a linear schedule. That the work is equal is checked by its results: both end with the
-same weights, and report the same metrics. Times are CPU times of the process; a figure is the median of the rounds'
-ratios.
+Both arms start from the same weights over the same batches. The bare loop reads them from memory, and does what the
+Trainer's arguments ask for: the same forward pass in the same modes, cross-entropy, the backward pass, the norm of the
+gradients clipped to 1, AdamW in transformers' two groups, a linear schedule. Both end with the same weights.
 """
 
-import argparse
-import gc
-import json
-import platform
-import random
-import resource
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +23,9 @@ make_torchvision_importable()
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from command import main  # noqa: E402
+from paired import SEED, Arm, Clock, Outcome, Same, interleave, ratio  # noqa: E402
+from results import Judged, load, markdown, measured_on, shared  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hf_transfer import Backbone, TransferConfig, TransferTrainer, load_backbone  # noqa: E402
@@ -41,20 +33,15 @@ from hf_transfer.config import RunConfig  # noqa: E402
 from hf_transfer.data.collate import collator_for  # noqa: E402
 from hf_transfer.data.sources import load_data  # noqa: E402
 from hf_transfer.data.transforms import prepare  # noqa: E402
-from hf_transfer.evaluation import compute_metrics_for  # noqa: E402
 from hf_transfer.frozen.choice import cached_data  # noqa: E402
 from hf_transfer.objectives import CrossEntropy  # noqa: E402
 from hf_transfer.tuning import tuning_from_name  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-RESULTS = ROOT / "benchmarks" / "trainer_cost.json"
-ROUNDS, WARM_UP, SEED = 9, 1, 0
+RESULTS = Path(__file__).with_suffix(".json")
+ROUNDS = 9
 RATE, DECAY, CLIP = 1e-3, 0.01, 1.0
 
 Result = dict[str, Tensor]
-Arm = Callable[[], tuple[float, Result]]
-"""Does its work once; gives the seconds of CPU time that it took, and what it ended with."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +50,33 @@ class Case:
 
     Attributes:
         label: What it is, for the table.
-        target: What the ratio is to be.
+        target: What the ratio is to be at most.
         steps: Steps, or rows, that the seconds are divided by.
         arms: "trainer" and "bare".
         tolerance: How far their results may differ; 0 is bit for bit.
+        folder: What they write to, which goes with the case.
     """
 
     label: str
-    target: str
+    target: float
     steps: int
     arms: Mapping[str, Arm]
     tolerance: float = 0.0
+    folder: Any = None
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
 class Watch(transformers.TrainerCallback):
-    """Takes the CPU time of training proper, from its same seed to its end."""
+    """Takes the time of training proper, from its same seed to its end."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         transformers.set_seed(SEED)
-        self.start = time.process_time()
+        self.start = Clock.now()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = time.process_time() - self.start
+        self.clock = Clock.now().since(self.start)
 
 
 def arguments(folder: str, **more: Any) -> TransferConfig:
@@ -102,12 +91,12 @@ def weights(model: nn.Module) -> Result:
 
 
 def trainer_arm(make: Callable[[], TransferTrainer], start: Mapping[str, Tensor]) -> Arm:
-    def arm() -> tuple[float, Result]:
+    def arm() -> Outcome:
         trainer, watch = make(), Watch()
         trainer.model.load_state_dict(start)
         trainer.add_callback(watch)
         trainer.train()
-        return watch.seconds, weights(trainer.model)
+        return Outcome(weights(trainer.model), {"": watch.clock})
 
     return arm
 
@@ -127,7 +116,7 @@ def bare_arm(
         steps: In all.
     """
 
-    def arm() -> tuple[float, Result]:
+    def arm() -> Outcome:
         model.load_state_dict(start)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -138,7 +127,7 @@ def bare_arm(
             {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
         ]
         transformers.set_seed(SEED)
-        start_time = time.process_time()
+        began = Clock.now()
         optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (steps - step) / steps))
         seen = torch.zeros(())
@@ -152,7 +141,7 @@ def bare_arm(
                 schedule.step()
                 optimizer.zero_grad()
                 seen += loss.detach()
-        return time.process_time() - start_time, weights(model)
+        return Outcome(weights(model), {"": Clock.now().since(began)})
 
     return arm
 
@@ -173,12 +162,12 @@ def orders(trainer: TransferTrainer, epochs: int) -> list[list[Tensor]]:
 def head(kind: str, batch_size: int, folder: str, rows: int = 2048, epochs: int = 5) -> Case:
     """A linear probe that reads the prefix cache, through finetune()'s own parts."""
     if kind == "text":
-        data = load_data(_shared("data/sst2"), max_train_samples=2 * rows)
-        backbone = load_backbone(_shared("weights/all-MiniLM-L6-v2"), labels=data.labels)
+        data = load_data(shared("data/sst2"), max_train_samples=2 * rows)
+        backbone = load_backbone(shared("weights/all-MiniLM-L6-v2"), labels=data.labels)
         title = "MiniLM 384 -> 2"
     else:
-        data = load_data(_shared("data/cifar10"), max_train_samples=2 * rows)
-        weights_of = _shared("weights/mobilenetv2_100.coral_tf2_in1k")
+        data = load_data(shared("data/cifar10"), max_train_samples=2 * rows)
+        weights_of = shared("weights/mobilenetv2_100.coral_tf2_in1k")
         backbone = load_backbone(weights_of, labels=data.labels, image_size=32)
         title = "MobileNetV2 1280 -> 10"
     tuning_from_name("linear_probe").apply(backbone.model)  # type: ignore[arg-type]
@@ -212,7 +201,7 @@ def head(kind: str, batch_size: int, folder: str, rows: int = 2048, epochs: int 
     steps = sum(map(len, drawn))
     bare = bare_arm(model, start, epochs, batches, layers, steps)
     arms = {"trainer": trainer_arm(make, start), "bare": bare}
-    return Case(f"cached head, {title}, batch {batch_size}", "<= 1.30", steps, arms)
+    return Case(f"cached head, {title}, batch {batch_size}", 1.3, steps, arms)
 
 
 # ---- whole networks -----------------------------------------------------------------------------------------------
@@ -236,7 +225,7 @@ def full(backbone: Backbone, rows: Any, batch_size: int, title: str, folder: str
     ]
     bare = bare_arm(model, start, 1, lambda epoch: iter(drawn), lambda inputs: model(**inputs).logits, len(drawn))
     arms = {"trainer": trainer_arm(make, start), "bare": bare}
-    return Case(f"full fine-tuning, {title}, batch {batch_size}", "<= 1.05", len(drawn), arms)
+    return Case(f"full fine-tuning, {title}, batch {batch_size}", 1.05, len(drawn), arms)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -278,221 +267,66 @@ def bert(batch_size: int, steps: int, folder: str) -> Case:
     return full(backbone_of(model, None), rows, batch_size, "BERT with 12 layers, 32 tokens", folder)
 
 
-# ---- evaluation ---------------------------------------------------------------------------------------------------
-
-
-class Logits(nn.Module):
-    """A network whose logits are its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        return {"logits": pixel_values}
-
-
-class Scored(Rows):
-    """Rows of logits and labels, made from a few as they are read, so that memory holds no more."""
-
-    def __init__(self, rows: int, classes: int = 1000) -> None:
-        draw = torch.Generator().manual_seed(SEED)
-        self.rows = rows
-        few = torch.randn(1000, classes, generator=draw)
-        super().__init__(pixel_values=few, labels=torch.randint(0, classes, (1000,), generator=draw))
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        chosen = torch.tensor(rows) % 1000
-        return {name: values[chosen] for name, values in self.columns.items()}
-
-
-def evaluation(rows: int, batch_size: int, folder: str, classes: int = 1000) -> Case:
-    """An evaluation with the metrics of compute_metrics_for, beside a loop that computes them by the batch."""
-    data = Scored(rows, classes)
-    args = arguments(
-        folder, per_device_eval_batch_size=batch_size, batch_eval_metrics=True, remove_unused_columns=False,
-    )  # fmt: skip
-    trainer = TransferTrainer(
-        model=Logits(), args=args, eval_dataset=data, data_collator=lambda batch: batch,
-        compute_metrics=compute_metrics_for("image-classification", classes), objectives=[CrossEntropy()],
-    )  # fmt: skip
-
-    def by_trainer() -> tuple[float, Result]:
-        start = time.process_time()
-        found = trainer.evaluate()
-        seconds = time.process_time() - start
-        return seconds, {name: torch.tensor(found[f"eval_{name}"], dtype=torch.float64) for name in METRICS}
-
-    def bare() -> tuple[float, Result]:
-        start = time.process_time()
-        found = bare_evaluation(trainer.model, data, batch_size, classes)
-        return time.process_time() - start, {n: torch.tensor(v, dtype=torch.float64) for n, v in found.items()}
-
-    arms: dict[str, Arm] = {"trainer": by_trainer, "bare": bare}
-    return Case(f"evaluation, {rows:,} x {classes:,} logits, batch {batch_size}", "<= 1.20", rows, arms, 1e-6)
-
-
-METRICS = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy")
-
-
-@torch.no_grad()
-def bare_evaluation(model: nn.Module, data: Scored, batch_size: int, classes: int) -> dict[str, float]:
-    """The hand-written loop of the same metrics."""
-    model.eval()
-    right, guessed, true = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
-    loss, top5 = 0.0, 0
-    for start in range(0, len(data), batch_size):
-        batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-        logits, labels = model(batch["pixel_values"])["logits"], batch["labels"]
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        guess = logits.argmax(dim=1)
-        right += torch.bincount(labels[guess == labels], minlength=classes)
-        guessed += torch.bincount(guess, minlength=classes)
-        true += torch.bincount(labels, minlength=classes)
-        top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-    seen = true > 0
-    occurring = true + guessed > 0
-    return {
-        "loss": loss / len(data),
-        "accuracy": float(right.sum() / len(data)),
-        "balanced_accuracy": float((right[seen].double() / true[seen]).mean()),
-        "macro_f1": float((2 * right[occurring].double() / (true + guessed)[occurring]).mean()),
-        "top5_accuracy": top5 / len(data),
-    }
-
-
-def memory(folder: str, sizes: Sequence[int] = (10_000, 50_000, 100_000)) -> dict[str, float]:
-    """Peak resident memory in MiB after an evaluation of so many rows, the smallest first; it can only grow."""
-    found = {}
-    for rows in sizes:
-        evaluation(rows, 128, folder).arms["trainer"]()
-        found[f"{rows:,} rows"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    return found
-
-
-# ---- rounds -------------------------------------------------------------------------------------------------------
+# ---- rounds and figures -------------------------------------------------------------------------------------------
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Runs the arms of a case in turn; gives each round's seconds.
-
-    Raises:
-        SystemExit: If the arms did not do the same work.
-    """
-    order, names = random.Random(SEED), list(case.arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    ends: dict[str, Result] = {}
-    apart = 0.0
-    for i in range(-WARM_UP, rounds):
-        for name in order.sample(names, len(names)):
-            gc.collect()
-            taken, ends[name] = case.arms[name]()
-            if i >= 0:
-                seconds[name].append(round(taken, 5))
-        apart = max(apart, difference(ends["trainer"], ends["bare"]))
-        if apart > case.tolerance:
-            raise SystemExit(f"{case.label}: the arms end {apart:.3g} apart, and may {case.tolerance:g}.")
-    return {"label": case.label, "target": case.target, "steps": case.steps, "apart": apart, "cpu": seconds}
+    """Times the arms of a case, which must end with the same weights."""
+    same = [Same("trainer", "bare", case.tolerance)]
+    found = interleave(case.arms, label=case.label, rounds=rounds, repeats=case.tolerance, same=same)
+    return {"label": case.label, "target": case.target, "steps": case.steps, **found.facts()}
 
 
-def difference(a: Result, b: Result) -> float:
-    """The largest absolute difference."""
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-def ratios(found: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The median of the rounds' ratios, with the lowest and the highest but one: of 9 rounds 96 % of cases."""
-    pairs = zip(found["cpu"]["trainer"], found["cpu"]["bare"], strict=True)
-    ranked = sorted(trainer / bare for trainer, bare in pairs)
-    return median(ranked), ranked[1], ranked[-2]
+def judged(path: Path = RESULTS) -> list[Judged]:
+    """The lines of the table of targets."""
+    return [
+        Judged(found["label"], "bare loop doing the same", "<=", found["target"], ratio(found, "trainer", "bare"))
+        for found in load(path).values()
+    ]
 
 
 def table(path: Path = RESULTS) -> list[str]:
     """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    if not path.is_file():
+    cases = load(path)
+    if not cases:
         return []
-    measured = json.loads(path.read_text())
-    lines = [
-        "## What the Trainer costs: a step of training, an evaluation, beside a bare loop",
-        "",
-        "Median of paired rounds with its interval, CPU time. The bare loop reads the same batches from memory, and",
-        "ends with the same weights bit for bit, or reports the same metrics.",
-        "",
-        "| job | target | Trainer / bare loop | bare loop |",
-        "|---|---|---|---|",
-    ]
-    for found in measured["cases"].values():
-        value, low, high = ratios(found)
+    rows = []
+    for found in cases.values():
         each = median(found["cpu"]["bare"]) / found["steps"] * 1e6
-        what = "row" if "evaluation" in found["label"] else "step"
-        told = f"{each:,.0f} us a {what}" if each < 1e4 else f"{each / 1000:,.0f} ms a {what}"
-        lines.append(f"| {found['label']} | {found['target']} | {value:.3f} [{low:.3f}, {high:.3f}] | {told} |")
-    if peaks := measured.get("memory"):
-        told = ", ".join(f"{size}: {mebibytes:,.0f} MiB" for size, mebibytes in peaks.items())
-        lines += ["", f"Peak memory of the process after an evaluation of 1,000 classes: {told}."]
-    return [*lines, "", f"`python benchmarks/trainer_cost.py` on {measured['machine']}."]
+        told = f"{each:,.0f} us a step" if each < 1e4 else f"{each / 1000:,.0f} ms a step"
+        both = (ratio(found, "trainer", "bare"), ratio(found, "trainer", "bare", "wall"))
+        rows.append((found["label"], f"<= {found['target']:g}", *both, told))
+    return [
+        "## What the Trainer costs: a step of training beside a bare loop's",
+        "",
+        "The bare loop reads the same batches from memory, and ends with the same weights bit for bit.",
+        "",
+        *markdown(["job", "target", "CPU time", "wall time", "bare loop"], rows),
+        "",
+        f"`python benchmarks/trainer_cost.py` on {measured_on(cases.values())}.",
+    ]
 
 
-CASES: dict[str, Callable[[str], Case]] = {
-    "head-text-32": lambda folder: head("text", 32, folder),
-    "head-text-64": lambda folder: head("text", 64, folder),
-    "head-image-32": lambda folder: head("image", 32, folder),
-    "head-image-64": lambda folder: head("image", 64, folder),
-    "resnet-32": lambda folder: resnet(32, 32, 6, folder),
-    "resnet-224": lambda folder: resnet(224, 16, 2, folder),
-    "bert": lambda folder: bert(16, 2, folder),
-    "evaluation": lambda folder: evaluation(10_000, 128, folder),
+def in_a_folder(make: Callable[[str], Case]) -> Callable[[], Case]:
+    """What makes a case with a folder that is gone when the case is."""
+
+    def made() -> Case:
+        folder = tempfile.TemporaryDirectory()
+        return replace(make(folder.name), folder=folder)
+
+    return made
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "head-text-32": in_a_folder(lambda folder: head("text", 32, folder)),
+    "head-text-64": in_a_folder(lambda folder: head("text", 64, folder)),
+    "head-image-32": in_a_folder(lambda folder: head("image", 32, folder)),
+    "head-image-64": in_a_folder(lambda folder: head("image", 64, folder)),
+    "resnet-32": in_a_folder(lambda folder: resnet(32, 32, 6, folder)),
+    "resnet-224": in_a_folder(lambda folder: resnet(224, 16, 2, folder)),
+    "bert": in_a_folder(lambda folder: bert(16, 2, folder)),
 }
 
 
-def _shared(name: str) -> str:
-    path = SHARED / name
-    if not path.exists():
-        raise FileNotFoundError(f"it needs {path}, which is not part of the project")
-    return str(path)
-
-
-def run(names: Sequence[str], rounds: int, path: Path = RESULTS) -> None:
-    """Measures cases and writes them into the file, beside those that are there.
-
-    Args:
-        names: Of CASES, or "memory"; a case whose data is missing says so and is left out.
-        rounds: That count.
-        path: The file.
-    """
-    measured: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                if name == "memory":
-                    measured["memory"] = memory(folder)
-                else:
-                    found = measured["cases"][name] = measure(CASES[name](folder), rounds)
-                    print(name, *(f"{value:.3f}" for value in ratios(found)), file=sys.stderr, flush=True)
-            except FileNotFoundError as missing:
-                print(f"{name}: skipped, {missing}", file=sys.stderr)
-                continue
-        measured["machine"] = (
-            f"{torch.get_num_threads()} thread(s) of a shared {platform.machine()} CPU, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}"
-        )
-        path.write_text(json.dumps(measured, indent=1) + "\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the cases named on the command line, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=["memory", *CASES, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args(argv)
-    names = ["memory", *CASES] if "all" in given.cases else given.cases  # memory first: its peak only grows
-    run(names, given.rounds, given.results)
-    print("\n".join(table(given.results)))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table, RESULTS, ROUNDS)
