@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory_formats.py          # two minutes of one core
 
-Both networks start from the same weights and take the same steps; `hf_transfer.recommended` follows what is found here.
+Both networks start from the same weights and take the same steps. What `hf_transfer.recommended` recommends follows
+what is found here.
 """
 
 from collections.abc import Callable
