@@ -472,7 +472,7 @@ class TransferTrainer(Trainer):
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
-        if self.accelerator.distributed_type == DistributedType.NO:
+        if self.accelerator.distributed_type == DistributedType.NO and not self.args.eval_use_gather_object:
             self.gather_function = self._gather_alone
         if self._may_stream(description):
             self._streamed = {}
