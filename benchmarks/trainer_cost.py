@@ -443,7 +443,7 @@ CASES: dict[str, Callable[[str], Case]] = {
     "head-image-64": lambda folder: head("image", 64, folder),
     "resnet-32": lambda folder: resnet(32, 32, 6, folder),
     "resnet-224": lambda folder: resnet(224, 16, 2, folder),
-    "bert": lambda folder: bert(16, 2, folder),
+    "bert": lambda folder: bert(16, 1, folder),
     "evaluation": lambda folder: evaluation(10_000, 128, folder),
 }
 
