@@ -484,7 +484,7 @@ class TransferTrainer(Trainer):
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
         self.predictions_kept = description != "Evaluation" or not self.args.batch_eval_metrics
-        if self.accelerator.distributed_type == DistributedType.NO:
+        if self.accelerator.distributed_type == DistributedType.NO and not self.args.eval_use_gather_object:
             self.gather_function = self._gather_alone
         if self._may_stream(description):
             self._streamed = {}
