@@ -76,11 +76,12 @@ class CachedRows(TorchDataset[dict[str, Any]], Replayable):
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]] | CachedBatch:
         if self._whole is None:
             return [self[row] for row in rows]
-        chosen = torch.as_tensor(rows)
+        places = np.array(rows)  # torch takes four times as long over a list
+        chosen = torch.from_numpy(places)
         batch = CachedBatch({name: values.index_select(0, chosen) for name, values in self._whole.items()})
         view = self.epoch.value % self.views if self.views > 1 else 0
         if self._places:
-            batch[ACTIVATION] = self.cache.at(self._places[view][chosen.numpy()])
+            batch[ACTIVATION] = self.cache.at(self._places[view][places])
         else:
             batch[ACTIVATION] = self.cache.values(batch[EXAMPLE_ID], view)
         return batch
