@@ -489,7 +489,7 @@ class TransferTrainer(Trainer):
         if self._may_stream(description):
             self._streamed = {}
         try:
-            with self._adapters_merged(dataloader):
+            with self._adapters_merged(dataloader), self._loop_without_metrics():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
                 )
@@ -527,6 +527,19 @@ class TransferTrainer(Trainer):
             and not self.args.include_for_metrics
             and self.accelerator.distributed_type == DistributedType.NO
         )
+
+    @contextmanager
+    def _loop_without_metrics(self) -> Iterator[None]:
+        """Where metrics are streamed, the Trainer's loop is not told: it would empty a GPU's cache after every batch.
+
+        Delete this when `evaluation_loop` does so no more with `batch_eval_metrics` (transformers 5.24, trainer.py).
+        """
+        asked = self.args.batch_eval_metrics
+        self.args.batch_eval_metrics = asked and self._streamed is None
+        try:
+            yield
+        finally:
+            self.args.batch_eval_metrics = asked
 
     def _gather_alone(self, values: Any, *args: Any, **kwargs: Any) -> Any:
         """As accelerate's `gather_for_metrics` in one process: only what fills up the last batch goes."""

@@ -57,6 +57,8 @@ class TransferConfig(TrainingArguments):
             self.lr_scheduler_type = decay
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch warns of pinning without a device
+        if self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]  # copies overlap with computing
         if self.stop_on_nonfinite_loss:
             self.logging_nan_inf_filter = False  # it would look at every loss once more, and hide what we stop at
 

@@ -803,6 +803,18 @@ def test_a_bad_loss_amid_an_accumulation_stops_before_the_step(tmp_path: Path, b
     assert_equal(weights(trainer.model), before)
 
 
+def test_streamed_metrics_do_not_empty_a_gpus_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    metrics = compute_metrics_for("text-classification", 3)
+    args = config(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=4)
+    trainer = TransferTrainer(
+        model=text_model(), args=args, eval_dataset=rows(), compute_metrics=metrics, objectives=[CrossEntropy()]
+    )
+    assert "eval_accuracy" in trainer.evaluate() and not emptied
+    assert trainer.args.batch_eval_metrics  # as it was
+
+
 def test_streamed_metrics_are_those_the_trainer_gathers(tmp_path: Path) -> None:
     args = config(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=5)
     trainer = TransferTrainer(
