@@ -42,6 +42,7 @@ def test_the_figure_is_reached(measured: dict[str, Any], name: str, least: float
         ("cifar_full", "cifar_scratch", 40), ("cifar_partial", "cifar_probe", 0), ("cifar_lora", "cifar_probe", 0),
         ("sst2_lora", "sst2_full", -2), ("wnut_full", "wnut_probe", 0), ("xray_full", "xray_probe", 0),
         ("speech_full", "speech_probe", 0), ("kd_cifar_soft", "kd_cifar_labels", 3),
+        ("kd_cifar_hint", "kd_cifar_soft", 0),
         ("kd_sst2_bilstm", "kd_sst2_bilstm_labels", 0),
     ],
 )  # fmt: skip
