@@ -47,8 +47,8 @@ WNUT = "WNUT-17 named entities, MiniLM, 6 epochs"
 XRAY = "Pneumonia in chest X-rays (28 px copies, shown at 96), mobilenetv2, 5 epochs, best validation AUROC"
 SPEECH = "Spoken digits, a small audio spectrogram transformer from random weights, 30 epochs"
 KD_CIFAR = (
-    "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 (15 % of its MACs) from scratch, the same rows, 12 epochs; the "
-    "terms were chosen on rows held out of train"
+    "Distillation, CIFAR-10: mobilenetv2 into lcnet_050 (15 % of its MACs) from scratch, the same rows, 12 epochs; "
+    "the terms were chosen on rows held out of train"
 )
 KD_SST2 = "Distillation, SST-2: the full fine-tune above into three of its layers, and into a BiLSTM; validation split"
 
