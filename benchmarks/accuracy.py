@@ -187,8 +187,9 @@ def table() -> list[str]:
         lines.append(f"`python recipes/{job.recipe}.py {job.flags}` and the like. Selection: {selection}")
     if "adapt" in found:
         lines += _adaptation(found["adapt"])
-    versions = next((facts["runs"][0]["versions"] for facts in found.values() if "runs" in facts), {})
-    return [*lines[1:], "", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    runs = [run for facts in found.values() for run in facts.get("runs", [])]
+    told = dict.fromkeys(", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in runs)
+    return [*lines[1:], "", "Versions, of earlier runs first: " + "; ".join(told) + "."]
 
 
 def _row(name: str, found: list[dict]) -> list[str]:
