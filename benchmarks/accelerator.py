@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from command import main  # noqa: E402
 from paired import SEED  # noqa: E402
-from results import load, markdown, measured_on  # noqa: E402
+from results import Cases, markdown, measured_on, section  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hf_transfer import TransferConfig, TransferTrainer, load_backbone  # noqa: E402
@@ -186,11 +186,9 @@ def share(found: Mapping[str, Any], arm: str) -> float | None:
     return images_a_second(found, arm).value * found["macs_an_image"] * 2 * 3 / stated
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         for arm, title in {"ours": "TransferTrainer", "bare": "bare loop"}.items():

@@ -36,7 +36,7 @@ from command import main  # noqa: E402
 from memory import peak  # noqa: E402
 from paired import SEED, Clock, Outcome, each_round, interleave  # noqa: E402
 from PIL import Image  # noqa: E402
-from results import load, markdown, measured_on  # noqa: E402
+from results import Cases, markdown, measured_on, section  # noqa: E402
 from watch import Watch  # noqa: E402
 
 from hf_transfer import TransferConfig, TransferTrainer, load_backbone, load_data  # noqa: E402
@@ -187,11 +187,9 @@ def exponent(found: Mapping[str, Any]) -> Figure:
     )
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         seconds = [f"{median(found[found['by']][str(size)]):.2f}" for size in found["sizes"]]

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from command import main  # noqa: E402
 from paired import SEED, Clock, Outcome, Same, UnequalWork, each_round, interleave, ratio  # noqa: E402
-from results import Judged, load, markdown, measured_on, shared  # noqa: E402
+from results import Cases, Judged, load, markdown, measured_on, section, shared  # noqa: E402
 from watch import Watch  # noqa: E402
 
 from hf_transfer import (  # noqa: E402
@@ -258,11 +258,9 @@ def judged(path: Path = RESULTS) -> list[Judged]:
     ]  # fmt: skip
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         cpu, wall = figures(found), figures(found, "wall")

@@ -26,7 +26,7 @@ import transformers  # noqa: E402
 from command import main  # noqa: E402
 from memory import peak  # noqa: E402
 from paired import SEED, Same, interleave, ratio, timed  # noqa: E402
-from results import Judged, load, markdown, measured_on  # noqa: E402
+from results import Cases, Judged, load, markdown, measured_on, section  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hf_transfer import TransferConfig, TransferTrainer  # noqa: E402
@@ -185,11 +185,9 @@ def _size(found: Mapping[str, Any]) -> str:
     return f"{found['rows']:,} x {found['classes']:,} logits"
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows, peaks = [], []
     for found in cases.values():
         for over in ("ours", "stock"):

@@ -23,7 +23,7 @@ from typing import Any
 from command import main
 from frozen_arms import PADDED, Case, HeldOut, cached, fresh_maps, plain
 from paired import Arm, Same, UnequalWork, each_round, interleave, largest_difference
-from results import Judged, load, markdown, measured_on, shared
+from results import Cases, Judged, load, markdown, measured_on, section, shared
 from torch import nn
 
 from hf_transfer import Backbone, load_backbone, load_data
@@ -114,11 +114,9 @@ def judged(path: Path = RESULTS) -> list[Judged]:
     ]
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         for epochs in found["epochs"]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from command import main
 from paired import interleave, ratio, timed
-from results import HOME, Judged, load, markdown, measured_on
+from results import HOME, Cases, Judged, load, markdown, measured_on, section
 
 from hf_transfer.evaluation.figure import Figure
 
@@ -52,11 +52,9 @@ def seconds(found: Any, module: str = "hf_transfer") -> Figure:
     return Figure.of(own - bare for own, bare in zip(found["wall"][module], found["wall"]["python"], strict=True))
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = [
         (f"`import {name}`", f"{1000 * median(found['cpu'][name]):.0f}", len(found["cpu"][name]))
         for found in cases.values()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from command import main
 from paired import Arm, Same, interleave, ratio, timed
-from results import Judged, load, markdown, measured_on, shared
+from results import Cases, Judged, load, markdown, measured_on, section, shared
 from torch.utils.data import DataLoader
 
 from hf_transfer._torchvision import make_torchvision_importable
@@ -192,11 +192,9 @@ def judged(path: Path = RESULTS) -> list[Judged]:
     ]  # fmt: skip
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         base, *others = found["cpu"]

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from command import main  # noqa: E402
 from paired import SEED, Same, interleave, ratio, timed  # noqa: E402
-from results import load, markdown, measured_on  # noqa: E402
+from results import Cases, markdown, measured_on, section  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hf_transfer.memory_formats import channels_last_pays, to_channels_last  # noqa: E402
@@ -79,13 +79,12 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     return {"label": label, "recommended": channels_last_pays(first), **measured.facts()}
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path).values()
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = [
-        (found["label"], "yes" if found["recommended"] else "no", ratio(found, "last", "first")) for found in cases
+        (found["label"], "yes" if found["recommended"] else "no", ratio(found, "last", "first"))
+        for found in cases.values()
     ]
     return [
         "## Channels last in memory",
@@ -94,7 +93,7 @@ def table(path: Path = RESULTS) -> list[str]:
         "",
         *markdown(["network", "recommended", "with / without"], rows),
         "",
-        f"`python benchmarks/memory_formats.py` on {measured_on(cases)}.",
+        f"`python benchmarks/memory_formats.py` on {measured_on(cases.values())}.",
     ]
 
 

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from command import main  # noqa: E402
 from frozen_arms import fresh_maps  # noqa: E402
 from paired import SEED, Arm, Clock, Outcome, Same, interleave, largest_difference, ratio, timed  # noqa: E402
-from results import load, markdown, measured_on, shared  # noqa: E402
+from results import Cases, markdown, measured_on, section, shared  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from watch import Watch  # noqa: E402
@@ -291,11 +291,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     return {"label": case.label, "peers": {name: version(name) for name in case.peers}, **found.facts()}
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = [
         (found["label"], f"{name} {number}", *(ratio(found, "ours", name, kind) for kind in ("cpu", "wall")))
         for found in cases.values()

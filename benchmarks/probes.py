@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from paired import SEED, UnequalWork, interleave, ratio, timed
-from results import Judged, load, markdown, measured_on, save
+from results import Cases, Judged, load, markdown, measured_on, save, section
 from torch import Tensor, nn
 
 from hf_transfer.frozen import linear_probes
@@ -122,11 +122,9 @@ def judged(path: Path = RESULTS) -> list[Judged]:
     ]
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = [
         (name, title, target, ratio(found, *name_of.split(" / ")), len(found["cpu"]["one"]))
         for name, found in cases.items()

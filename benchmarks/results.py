@@ -8,8 +8,9 @@ markdown(["job", "ratio"], [["probe", "12.1 [11.8, 12.5]"]])
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from hf_transfer.evaluation.figure import Figure
 
 HOME = Path(__file__).resolve().parent
 SHARED = HOME.parents[1] / "shared"
+Cases = Mapping[str, Mapping[str, Any]]
+"""What `load` gives: by name, what was measured."""
 VERSIONS = ("torch", "transformers", "timm", "peft", "accelerate", "datasets", "hf-transfer-learning")
 
 
@@ -70,6 +73,24 @@ def save(path: Path, name: str, case: Mapping[str, Any]) -> None:
     """Writes a case, with the environment it was taken in, beside those that are in the file."""
     cases = {**load(path), name: {**case, "environment": environment()}}
     path.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
+
+
+def section(path: Path) -> Callable[[Callable[[Cases], list[str]]], Callable[..., list[str]]]:
+    """Makes of a function of cases one of the file that they are in; it gives no lines where there is no file.
+
+    Args:
+        path: The file, unless the caller names another.
+    """
+
+    def of_cases(table: Callable[[Cases], list[str]]) -> Callable[..., list[str]]:
+        @wraps(table)
+        def of_file(path: Path = path) -> list[str]:
+            cases = load(path)
+            return table(cases) if cases else []
+
+        return of_file
+
+    return of_cases
 
 
 def measured_on(cases: Iterable[Mapping[str, Any]]) -> str:

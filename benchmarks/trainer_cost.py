@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 from command import main  # noqa: E402
 from paired import SEED, Arm, Clock, Outcome, Same, interleave, ratio  # noqa: E402
-from results import Judged, load, markdown, measured_on, shared  # noqa: E402
+from results import Cases, Judged, load, markdown, measured_on, section, shared  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hf_transfer import Backbone, TransferConfig, TransferTrainer, load_backbone  # noqa: E402
@@ -285,11 +285,9 @@ def judged(path: Path = RESULTS) -> list[Judged]:
     ]
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The section of docs/benchmarks.md, from the file that a run wrote; empty without one."""
-    cases = load(path)
-    if not cases:
-        return []
+@section(RESULTS)
+def table(cases: Cases) -> list[str]:
+    """The section of docs/benchmarks.md."""
     rows = []
     for found in cases.values():
         each = median(found["cpu"]["bare"]) / found["steps"] * 1e6
