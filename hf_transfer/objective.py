@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 UNLABELLED = -100  # the ecosystem's own ignore index
 SOURCE, TARGET = 0, 1
-
 CONTRACT_COLUMNS = ("labels", "domain", "example_id")
 TEACHER_PREFIX = "teacher_"
 """Columns that begin so are a teacher's own inputs, where it reads the rows in another way than the model."""
@@ -278,7 +277,9 @@ class Learner(nn.Module):
             weight = term.weight_at(progress)
             weighted = values[term.name] if weight == 1 else values[term.name] * weight
             loss = weighted if loss is None else loss + weighted
-        return Signal(loss, step.outputs, {name: value.detach() for name, value in values.items()})
+        dtype = torch.promote_types(step.logits.dtype, torch.float32)  # means over exact counts are in float64
+        loss = None if loss is None else loss.to(dtype)
+        return Signal(loss, step.outputs, {name: value.detach().to(dtype) for name, value in values.items()})
 
     def _means(
         self,

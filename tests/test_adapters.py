@@ -55,8 +55,16 @@ def test_lora_trains_adapters_in_blocks_and_neck_and_the_head(build):
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained(model)
 
 
+@pytest.fixture
+def in_float64():
+    """New networks and numbers are in float64, where rounding through fifty layers does not show."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @each_network
-def test_lora_merges_and_unloads(build):
+def test_lora_merges_and_unloads(build, in_float64):
     network = build()
     model = shake(LoRA(r=2).apply(copy.deepcopy(network))).eval()
     before = run(copy.deepcopy(network).eval())
@@ -64,7 +72,7 @@ def test_lora_merges_and_unloads(build):
     plain = merge(model)
     assert type(plain) is type(network)
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in network.named_parameters()]
-    torch.testing.assert_close(run(plain), expected, rtol=1e-4, atol=1e-4)  # float32's rounding through 50 layers
+    torch.testing.assert_close(run(plain), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, before, atol=1e-3)
     assert all(p.requires_grad for p in plain.parameters())
     assert not any(module._forward_pre_hooks for module in plain.modules())

@@ -189,7 +189,7 @@ def test_it_runs_beside_the_term_that_it_wraps_a_copy_of() -> None:
     s, t = normal(N, C).float(), normal(N, C, seed=1).float()
     signal = Learner(Net(), terms, None)({"x": s, "labels": torch.zeros(N).long()}, teacher=TeacherSignal(logits=t))
     expected = soft_targets(standardize_logits(s), standardize_logits(t), 2.0).mean()
-    torch.testing.assert_close(signal.terms["standardized_soft_targets"], expected, check_dtype=False)
+    torch.testing.assert_close(signal.terms["standardized_soft_targets"], expected)
     total = sum(term.weight * signal.terms[term.name] for term in terms)
     torch.testing.assert_close(signal.loss, total)
 
