@@ -12,7 +12,9 @@ _PROCESS = Path("/proc/self")
 def peak(work: Callable[[], Any]) -> float:
     """Runs something, and gives the MiB by which the resident memory rose at most while it ran.
 
-    Memory that Python and the C library have freed is given back to the system before.
+    Memory that Python and the C library have freed is given back to the system before. What the C library keeps of
+    what the work frees counts as held, and how much that is depends on what the process did before: figures that
+    are compared are measured in a process that did little else.
 
     Raises:
         FileNotFoundError: Elsewhere than on Linux.
