@@ -26,6 +26,7 @@ from ._torchvision import make_torchvision_importable
 
 make_torchvision_importable()
 
+from accelerate.data_loader import DataLoaderShard  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from transformers import (  # noqa: E402
@@ -554,14 +555,21 @@ class TransferTrainer(Trainer):
         collator = self.data_collator
         self.data_collator = handing_over(collator, self.train_dataset, self.args.device)
         try:
-            return super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
         finally:
             self.data_collator = collator
+        if self.args.device.type == "cpu" and isinstance(loader, DataLoaderShard):
+            loader.device = None  # where the batches are: accelerate would look through each for what to move
+        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the Trainer's, which looks through a batch that is on the device for what to move there."""
         from .data.on_device import finished
 
-        return finished(super()._prepare_inputs(inputs), self.train_dataset)
+        device = self.args.device
+        placed = type(inputs) is dict and all(torch.is_tensor(x) and x.device == device for x in inputs.values())
+        as_is = placed and inputs and not self.is_deepspeed_enabled
+        return finished(dict(inputs) if as_is else super()._prepare_inputs(inputs), self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; a dataset never gets the persistent workers of another.

@@ -760,6 +760,24 @@ def test_what_only_the_stock_step_knows_is_left_to_it_and_said(
     assert_equal(weights(trainers[0].model), weights(trainers[1].model))
 
 
+def test_a_batch_that_is_on_the_device_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import data_loader
+
+    trainer = TransferTrainer(model=text_model(), args=config(tmp_path), train_dataset=rows())
+    assert set(trainer._prepare_inputs({"labels": [torch.zeros(1)]})) == {"labels"}  # by the Trainer's way
+    monkeypatch.setattr(data_loader, "send_to_device", None)  # calls would fail
+    monkeypatch.setattr(Trainer, "_prepare_input", None)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = trainer._prepare_inputs(batch)
+    assert all(found[name] is value for name, value in batch.items()) and len(found) == len(batch) > 2
+    found.clear()  # what follows may take out what it read
+    assert batch
+    with pytest.raises(TypeError):
+        trainer._prepare_inputs({"labels": [torch.zeros(1)]})
+    with pytest.raises(TypeError):
+        trainer._prepare_inputs({"labels": torch.zeros(1, device="meta")})
+
+
 class Switching(TrainerCallback):
     """Puts the model in eval mode, or only its last layer."""
 
