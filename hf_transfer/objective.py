@@ -300,7 +300,8 @@ class Learner(nn.Module):
         counts: Mapping[str, Tensor] | None,
         micro_batches: int,
     ) -> Tensor:
-        if counts is None and (mean := term.own_mean(step)) is not None:
+        alone = counts is None and not torch.compiler.is_compiling()  # a look at a value would cut the graph in two
+        if alone and (mean := term.own_mean(step)) is not None:
             return mean
         count = _exact(term.count(batch)) if counts is None else counts.get(term.name)
         value = term(step)
@@ -317,14 +318,14 @@ class Learner(nn.Module):
         inputs = model_inputs(batch)
         columns: dict[str, Any] = {name: batch.get(name) for name in CONTRACT_COLUMNS}
         if not self._tapped:
-            outputs = self.model(**inputs)
+            outputs = self._outputs(inputs)
             logits = wide(logits_of(outputs))
             return Step(
                 model=self.model, inputs=inputs, outputs=outputs, logits=logits, progress=progress, teacher=teacher,
                 **columns,
             )  # fmt: skip
         with self._feature_taps as features, self._layer_taps as hidden:
-            outputs = self.model(**inputs)
+            outputs = self._outputs(inputs)
         logits = wide(logits_of(outputs))
         mask = inputs.get("attention_mask")
         step = Step(
@@ -335,6 +336,10 @@ class Learner(nn.Module):
         features.values.clear()  # the taps outlive the step, its tensors should not
         hidden.values.clear()
         return step
+
+    def _outputs(self, inputs: dict[str, Any]) -> Any:
+        """What the model returns."""
+        return self.model(**inputs)
 
     def _classifier(self) -> str:
         """The layer whose input is the feature vector."""

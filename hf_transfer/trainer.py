@@ -645,8 +645,8 @@ class TransferTrainer(Trainer):
     # ---- log --------------------------------------------------------------------------------------------------------
 
     def _add_terms(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value
+        for name, value in values.items():  # a CUDA graph writes the next step's over them
+            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value.clone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also carries every term's unweighted mean, under its own name."""

@@ -625,6 +625,16 @@ def test_terms_are_logged_as_means_over_what_was_accumulated(tmp_path: Path) -> 
     assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.25 * entry["constant"], rel=1e-5)
 
 
+def test_a_term_is_summed_though_the_next_step_writes_over_it(tmp_path: Path) -> None:
+    """As a CUDA graph does with what it gave before."""
+    trainer = TransferTrainer(model=text_model(), args=config(tmp_path), train_dataset=rows())
+    trainer._term_sums, value = {}, torch.tensor(1.0)
+    for step in (1.0, 2.0, 3.0):
+        value.fill_(step)
+        trainer._add_terms({"term": value})
+    assert trainer._term_sums["term"] == 6.0
+
+
 def test_metrics_stream_over_batches(tmp_path: Path) -> None:
     data, model = rows(), text_model()
     args = config(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=5)

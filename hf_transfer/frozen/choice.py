@@ -138,6 +138,8 @@ class _Plan:
         sample = self._sample()
         inputs = {name: x.to(args.device) if torch.is_tensor(x) else x for name, x in model_inputs(sample).items()}
         self.cut = find_cut(self.model, inputs, backbone.anatomy)
+        if args.torch_compile and self.cut.steps is None:
+            raise NoCut("torch_compile compiles the network whole, where more of it trains than the head.")
         self.extractor = Extractor(self.cut, collator, args, sample)
         self.measured: list[tuple[Mapping[str, Any], Tensor]] = []  # training rows that are computed already
 
@@ -173,7 +175,6 @@ class _Plan:
                 self.backbone.modality == "audio"
             ),
             "mixup and CutMix make new images of each batch": self.collator.mixing is not None,
-            "torch_compile compiles the network whole": args.torch_compile,
             "gradient_checkpointing runs layers again in the backward pass": args.gradient_checkpointing,
             f"sampling={args.sampling!r} needs the rows themselves": args.sampling != "random",
             f"the terms {layered} read layers that would not run": bool(layered),

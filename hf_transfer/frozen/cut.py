@@ -1,14 +1,15 @@
 """A place at which a partly frozen network is cut in two: the value that crosses, and how to go on from it.
 
-The network itself goes on from a stored value: for that long its frozen modules give placeholders, and the last of
-them the value. So hooks, gradients and checkpoints are those of the ordinary network, whatever its architecture is.
+The network itself goes on from a stored value. Where what is left of it is a chain of modules, these run; else its
+forward does, while its frozen modules give placeholders, and the last of them the value. So gradients and checkpoints
+are those of the ordinary network, whatever its architecture is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ class Cut:
     """A place at which a network can be cut. Made by `find_cut`.
 
     Attributes:
-        model: The network; its forward is changed only within `resumed`.
+        model: The network; of its frozen modules the forward is changed within `rest`.
         name: Path of the module at the cut.
         at_input: Whether the value is that module's input (else its output).
         shape: Shape of one row's value, as found; (T, D) where `per_token`.
@@ -118,20 +119,30 @@ class Cut:
             for module in training:
                 module.training = True
 
-    @contextmanager
-    def resumed(self, value: Tensor) -> Iterator[None]:
-        """Within it the network's forward goes on from a value, whatever it is given for its frozen part.
+    def rest(self, inputs: Mapping[str, Any], value: Tensor) -> Any:
+        """Runs the network behind the cut.
 
         Args:
+            inputs: The network's, by name; images and sounds, which only what is below the cut reads, are not needed.
             value: What `capture` gave, (N, ...).
+
+        Returns:
+            Its outputs; a mapping with the logits, where no more than a chain of modules ran.
         """
-        changed: list[tuple[nn.Module, Callable[..., Any]]]
         if self.steps is not None:
-            changed = [(self.model, partial(_chain, self.steps, value))]
-        else:
-            changed = [(module, partial(self._stand_in, shape, value)) for module, shape in self.stubs[:-1]]
-            changed.append((self.module, partial(_in_its_place, self.stubs[-1][1], value)))
-        before = [module.__dict__.get("forward") for module, _ in changed]  # accelerate puts autocast there
+            for step in self.steps:
+                value = step(value)
+            return {"logits": value}
+        with self._resumed(value):
+            return self.model(**self._placeholders(inputs, value))
+
+    @contextmanager
+    def _resumed(self, value: Tensor) -> Iterator[None]:
+        """Within it the network's forward goes on from a value, whatever it is given for its frozen part."""
+        changed: list[tuple[nn.Module, Callable[..., Any]]]
+        changed = [(module, partial(self._stand_in, shape, value)) for module, shape in self.stubs[:-1]]
+        changed.append((self.module, partial(_in_its_place, self.stubs[-1][1], value)))
+        before = [module.__dict__.get("forward") for module, _ in changed]  # what others put there stays
         for module, forward in changed:
             module.__dict__["forward"] = forward
         try:
@@ -144,7 +155,7 @@ class Cut:
                     module.__dict__["forward"] = own
 
     def _stand_in(self, shape: Any, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What a frozen module gives within `resumed`: zeros that take no memory, of the batch's own size."""
+        """What a frozen module gives within `_resumed`: zeros that take no memory, of the batch's own size."""
         rows, tokens = self.sizes
 
         def zeros(size: torch.Size) -> Tensor:
@@ -155,15 +166,8 @@ class Cut:
 
         return _filled(shape, zeros)
 
-    def placeholders(self, inputs: Mapping[str, Any], value: Tensor) -> dict[str, Any]:
-        """The network's inputs without its images or sounds: in their place is what only has their shape.
-
-        Args:
-            inputs: What there is of them: token ids, masks.
-            value: What crosses the cut, (N, ...).
-        """
-        if self.steps is not None:
-            return dict(inputs)
+    def _placeholders(self, inputs: Mapping[str, Any], value: Tensor) -> dict[str, Any]:
+        """The network's inputs; for images and sounds stands what only has their shape."""
         empty = {
             name: value.new_zeros((), dtype=dtype).expand(len(value), *shape)
             for name, (shape, dtype) in self.inputs.items()
@@ -231,9 +235,3 @@ def _filled(emptied: Any, make: Callable[[torch.Size], Tensor]) -> Any:
 
 def _in_its_place(emptied: Any, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _filled(emptied, lambda _: value)
-
-
-def _chain(steps: Sequence[nn.Module], value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    for step in steps:
-        value = step(value)
-    return {"logits": value}

@@ -2,8 +2,7 @@
 
 cut = find_cut(model, batch)                 # the value that crosses the cut, and how to go on from it
 value = cut.capture(batch)                   # runs the network up to the cut
-with cut.resumed(value):
-    logits = model(**cut.placeholders(batch, value)).logits          # runs the rest of it
+logits = logits_of(cut.rest(batch, value))   # runs the rest of it
 
 Candidates come from a recorded forward pass, the latest first; the first is taken that `trust.py` finds to be right. A
 network that uses more of its frozen part than crosses a cut has none.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import TransferError
-from ..objective import Learner, Objective, Step
+from ..objective import Learner, Objective
 from ..trainer import TransferTrainer, _anatomy
 from .cut import Cut
 from .rows import ACTIVATION, PLACE
@@ -23,13 +23,9 @@ class CachedLearner(Learner):
         super().__init__(model, objectives, anatomy)
         self.cut = cut
 
-    def _run(self, batch: dict[str, Any], progress: float, teacher: Any) -> Step:
-        if ACTIVATION not in batch:
-            return super()._run(batch, progress, teacher)
-        rest = {name: value for name, value in batch.items() if name != ACTIVATION}
-        value = batch[ACTIVATION].to(self.cut.dtype)
-        with self.cut.resumed(value):
-            return super()._run(self.cut.placeholders(rest, value), progress, teacher)
+    def _outputs(self, inputs: dict[str, Any]) -> Any:
+        value = inputs.pop(ACTIVATION, None)
+        return super()._outputs(inputs) if value is None else self.cut.rest(inputs, value.to(self.cut.dtype))
 
 
 class CachedTrainer(TransferTrainer):

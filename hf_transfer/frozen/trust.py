@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,8 @@ def difference(cut: Cut, inputs: Mapping[str, Any]) -> str | None:
         if mask is not None and cut.per_token:  # what a cache holds: attended tokens
             value = value * mask[..., None].to(value.dtype)
         for training in (False, True):
-            whole = _answers(cut.model, inputs, training)
-            with cut.resumed(value.clone()):
-                rest = _answers(cut.model, cut.placeholders(kept, value), training)
+            whole = _answers(cut.model, partial(cut.model, **inputs), mask, training)
+            rest = _answers(cut.model, partial(cut.rest, kept, value.clone()), mask, training)
             for ours, theirs in zip(rest, whole, strict=True):
                 if not alike(ours, theirs):
                     return f"the rest is not the whole in {'training' if training else 'evaluation'} mode"
@@ -60,13 +60,12 @@ def _differs_alone(cut: Cut, inputs: Mapping[str, Any], mask: Tensor, value: Ten
     return None if alike(cut.capture(alone)[0], there) else "a text's values depend on how it is padded"
 
 
-def _answers(model: nn.Module, inputs: Mapping[str, Any], training: bool) -> list[Tensor | None]:
+def _answers(model: nn.Module, run: Callable[[], Any], mask: Tensor | None, training: bool) -> list[Tensor | None]:
     """The logits, and the gradient of each parameter that trains; None for one that was not used."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with mode_of(model, training=training), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        logits = logits_of(model(**inputs)).float()
-        mask = inputs.get("attention_mask")
+        logits = logits_of(run()).float()
         if mask is not None and logits.dim() == 3 and logits.shape[:2] == mask.shape:
             logits = logits * mask[..., None]  # padding has no label
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tuned_networks import IMAGE, bert, gpt2, resnet, vit, wrapped
 
 from hf_transfer.anatomy import Anatomy
-from hf_transfer.frozen.prefix import NoCut, find_cut
+from hf_transfer.frozen.prefix import Cut, NoCut, find_cut
 from hf_transfer.objective import logits_of
 from hf_transfer.tuning import BitFit, FullFineTune, LinearProbe, LoRA, PartialFreeze
 
@@ -52,6 +52,12 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return logits_of(model.eval()(**inputs))
 
 
+@torch.no_grad()
+def rest(cut: Cut, inputs: dict[str, Any], value: Tensor) -> Tensor:
+    cut.model.eval()
+    return logits_of(cut.rest(inputs, value))
+
+
 @pytest.mark.parametrize("case", CUTS)
 def test_the_rest_goes_on_from_other_rows_and_lengths(case: str) -> None:
     build, tuning, make, place, shape = CUTS[case]
@@ -66,11 +72,9 @@ def test_the_rest_goes_on_from_other_rows_and_lengths(case: str) -> None:
         inputs = make(rows, **more) if make is texts else of_side(rows, 7) if make is None else pixels(rows, 7)
         expected, value = logits(model, inputs), cut.capture(inputs)
         given = {name: item for name, item in inputs.items() if name != "pixel_values"}
-        with cut.resumed(value):
-            found = logits(model, cut.placeholders(given, value))
+        found = rest(cut, given, value)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        with cut.resumed(value + torch.randn(value.shape)):
-            other = logits(model, cut.placeholders(given, value))
+        other = rest(cut, given, value + torch.randn(value.shape))
         assert (other - expected).abs().max() > 1e-4  # the value is what is read
         assert torch.equal(logits(model, inputs), expected)  # and the network is whole again
 
@@ -82,8 +86,7 @@ def test_nothing_below_the_cut_runs() -> None:
     for layer in (model.bert.embeddings.word_embeddings, *model.bert.encoder.layer):
         leaf = layer.attention.self.query if hasattr(layer, "attention") else layer
         leaf.register_forward_hook(lambda module, *_: calls.append(module))
-    with cut.resumed(value):
-        model(**cut.placeholders(texts(), value))
+    cut.rest(texts(), value)
     assert calls == [model.bert.encoder.layer[2].attention.self.query]
 
 
@@ -96,8 +99,7 @@ def test_dropout_behind_the_cut_draws_as_ever() -> None:
     torch.manual_seed(1)
     expected = model(**texts()).logits
     torch.manual_seed(1)
-    with cut.resumed(value):
-        torch.testing.assert_close(model(**cut.placeholders(texts(), value))["logits"], expected)
+    torch.testing.assert_close(cut.rest(texts(), value)["logits"], expected)
 
 
 def test_functional_dropout_before_the_head_stays_live() -> None:
@@ -110,9 +112,7 @@ def test_functional_dropout_before_the_head_stays_live() -> None:
     torch.manual_seed(1)
     expected = model(pixels()["pixel_values"])
     torch.manual_seed(1)
-    with cut.resumed(value):
-        found = logits_of(model(**cut.placeholders({}, value)))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(logits_of(cut.rest({}, value)), expected)
 
 
 class Skips(nn.Module):
@@ -215,15 +215,13 @@ def test_no_graph_is_built_below_what_trains(build: Any, tuning: Any) -> None:
     saved = {}
     for name, what in (("full", FullFineTune()), ("tuned", tuning), ("rest", tuning)):
         model, kept = what.apply(build()).train(), []
-        forward = model
         if name == "rest":
             cut = find_cut(model, batch)
             value, given = cut.capture(batch), {n: item for n, item in batch.items() if n not in cut.inputs}
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()), lambda x: x):
             if name == "rest":
-                with cut.resumed(value):
-                    forward(**cut.placeholders(given, value))
+                cut.rest(given, value)
             else:
-                forward(**batch)
+                model(**batch)
         saved[name] = sum(kept)
     assert saved["tuned"] == saved["rest"] < saved["full"] / 2
