@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason
 @pytest.fixture(autouse=True)
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collecting garbage takes its time in a process as large as this."""
-    monkeypatch.setattr(paired.gc, "collect", lambda: 0)
+    monkeypatch.setattr(paired.gc, "collect", lambda *generation: 0)
 
 
 # ---- frozen layers ------------------------------------------------------------------------------------------------
@@ -182,27 +183,49 @@ def test_the_exponent_is_that_of_a_power() -> None:
     assert cost_curves.exponent(found).value == pytest.approx(1.5)
 
 
-def test_the_gpu_s_cases_on_a_cpu(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    model = load_backbone("test_resnet", labels=CLASSES, pretrained=False, image_size=32).model
-    case = accelerator.Case("tiny", model, 32, 4, 2, device="cpu", precise=True)
-    command.run({"x": lambda: case}, accelerator.measure, 1, path)
+GPU_CASES = {
+    "fine-tuning": lambda setting: accelerator.fine_tuning("test_resnet", "tiny", setting, 3),
+    "distillation": lambda setting: accelerator.distillation(("test_resnet", "test_resnet"), "tiny", setting, 3),
+    "head": lambda setting: accelerator.cached_head("test_resnet", "tiny", setting, 3),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_the_gpu_s_cases_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "GRAPH", {"torch_compile": True, "torch_compile_backend": "eager"})  # in seconds
+    path, setting = tmp_path / "x.json", accelerator.Setting(32, 4, 2, device="cpu", precise=True)
+    command.run({"x": lambda: GPU_CASES[name](setting)}, accelerator.measure, 1, path)
     found = results.load(path)["x"]
-    assert len(found["wall"]["ours"]) == len(found["wall"]["bare"]) == 1 and found["macs_an_image"] > 1e5
-    assert accelerator.share(found, "ours") is None and accelerator.table(path)
+    assert set(found["wall"]) == ({"ours", "graph", "bare"} if name == "head" else {"ours", "bare"})
+    assert all(len(seconds) == 1 for seconds in found["wall"].values())
+    assert found["macs_a_row"] is None if name == "head" else found["macs_a_row"] > 1e5
+    assert accelerator.share(found, "ours") is None and len(accelerator.table(path)) > 8
+
+
+def test_the_bare_loop_of_the_gpu_distils(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DistillationTrainer does: the same weights in the end."""
+    setting, kept = accelerator.Setting(32, 4, 2, device="cpu", precise=True), []
+    case = accelerator.distillation(("test_resnet", "test_resnet"), "tiny", setting, 3)
+    monkeypatch.setattr(accelerator, "deepcopy", lambda model: kept.append(copy.deepcopy(model)) or kept[-1])
+    for arm in case.arms.values():
+        arm(1)
+    students = [model for model in kept if model.training]
+    assert len(kept) == 4 and len(students) == 2
+    for one, other in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_the_share_of_the_matrix_rate() -> None:
     wall = {"ours": [2.0]}
-    found = {"device": "NVIDIA H200", "steps": 10, "batch_size": 100, "macs_an_image": 10**9, "wall": wall}
-    assert accelerator.images_a_second(found, "ours").value == 500
+    found = {"device": "NVIDIA H200", "steps": 10, "batch_size": 100, "macs_a_row": 10**9, "wall": wall}
+    assert accelerator.rows_a_second(found, "ours").value == 500
     assert accelerator.share(found, "ours") == pytest.approx(500 * 6e9 / 989e12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_cases_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.run(accelerator.CASES, accelerator.measure, 1, tmp_path / "x.json")
-    assert capsys.readouterr().err.count("skipped, it needs a GPU") == 2
+    assert capsys.readouterr().err.count("skipped, it needs a GPU") == len(accelerator.CASES)
     assert accelerator.table(tmp_path / "x.json") == []
 
 
