@@ -57,7 +57,14 @@ def check(cache: Cache) -> None:
 
 
 def written_slowly(folder: Path) -> None:
-    write(Cache, folder, contents(), entries(lambda view: time.sleep(0.02)))
+    """Nearly to the end, where it waits to be killed, however late that comes."""
+    seen: list[int] = []
+
+    def pause(view: int) -> None:
+        seen.append(view)
+        time.sleep(0.02 if len(seen) < 10 else 60)
+
+    write(Cache, folder, contents(), entries(pause))
 
 
 def test_a_killed_writer_loses_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
