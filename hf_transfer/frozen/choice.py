@@ -26,6 +26,7 @@ from ..data.stored_rows import StoredRows
 from ..disk import SPARE, free_bytes
 from ..distillation.signature import data_signature, transform_signature
 from ..errors import TransferError
+from ..memory_formats import to_channels_last
 from ..objective import CONTRACT_COLUMNS, Objective, model_inputs
 from ..store.decision import Costs, epochs_of
 from ..store.folders import cache_folder
@@ -135,6 +136,8 @@ class _Plan:
         if self.run.cache == "auto" and self._epochs() <= self.views:
             raise NoCut(f"{self._epochs():g} epoch(s) show no version of a row twice.")
         self.model.to(args.device)
+        if args.channels_last:  # as the trainer will, so that frozen layers round here as they would there
+            to_channels_last(self.model)
         sample = self._sample()
         inputs = {name: x.to(args.device) if torch.is_tensor(x) else x for name, x in model_inputs(sample).items()}
         self.cut = find_cut(self.model, inputs, backbone.anatomy)

@@ -52,6 +52,7 @@ class Cut:
         inputs: Of the network's floating-point inputs the shape of a row, and the dtype.
         sizes: Rows, and tokens where the inputs are texts, of the batch that `stubs` was found with.
         largest: Bytes a row of that batch of the largest output of a module.
+        memory_format: Of the value, as the network lays it out.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Cut:
     inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     sizes: tuple[int, int | None]
     largest: int
+    memory_format: torch.memory_format
 
     def __str__(self) -> str:
         side = "before" if self.at_input else "after"
@@ -187,6 +189,8 @@ class Cut:
         config: Any = getattr(model, "config", None)
         facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_WEIGHTS}
         known = [str(self), computed_in, type(model).__name__, facts]
+        if self.memory_format != torch.contiguous_format:
+            known.append(str(self.memory_format))  # in which convolutions round otherwise
         digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
         for name, tensor in sorted(tensors, key=lambda item: item[0]):
             if anatomy.group(name) < lowest:

@@ -109,7 +109,7 @@ def _candidates(
             return  # the length of a batch's texts, which placeholders need, does not cross
         yield Cut(
             model, call.name, at_input, tuple(value.shape[1:]), value.dtype, per_token, steps, stubs, floats,
-            (rows, mask.shape[1] if mask is not None else None), largest,
+            (rows, mask.shape[1] if mask is not None else None), largest, _memory_format(value),
         )  # fmt: skip
 
     if (steps := _steps(entry, entry.given, logits)) is not None:
@@ -127,6 +127,11 @@ def _candidates(
         alike = {module: shape for module, shape in stubs.items() if shape == emptied(last.output)}
         if len(alike) < len(stubs):
             yield from made(last, value, False, None, tuple(alike.items()))
+
+
+def _memory_format(value: Tensor) -> torch.memory_format:
+    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not value.is_contiguous() else torch.contiguous_format
 
 
 def _entry(first: Call) -> Call:

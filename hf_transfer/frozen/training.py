@@ -25,7 +25,9 @@ class CachedLearner(Learner):
 
     def _outputs(self, inputs: dict[str, Any]) -> Any:
         value = inputs.pop(ACTIVATION, None)
-        return super()._outputs(inputs) if value is None else self.cut.rest(inputs, value.to(self.cut.dtype))
+        if value is None:
+            return super()._outputs(inputs)
+        return self.cut.rest(inputs, value.to(self.cut.dtype, memory_format=self.cut.memory_format))
 
 
 class CachedTrainer(TransferTrainer):
