@@ -194,7 +194,7 @@ PROBE: dict[str, Any] = {"epochs": (10, 100), "plain_epochs": 10, "targets": (10
 LAST: dict[str, Any] = {"epochs": (10,), "plain_epochs": 3, "targets": (3,)}
 CASES: dict[str, Callable[[], Case]] = {
     "probe-image": lambda: image(LinearProbe(), "linear probe", **PROBE),
-    "probe-text": lambda: text(LinearProbe(), "linear probe", **PROBE),
+    "probe-text": lambda: text(LinearProbe(), "linear probe", rows=256, **PROBE),
     "last-image": lambda: image(PartialFreeze(2), "last 2 blocks", **LAST, learning_rate=5e-3, optim="sgd"),
     "last-text": lambda: text(PartialFreeze(1), "last of 6 blocks", **LAST, learning_rate=2e-4),
 }
