@@ -200,7 +200,10 @@ def bare(model: Any, setting: Setting, rounds: int, teacher: Any = None) -> list
     """The same, or with a teacher distillation, by a loop as one would write it."""
     model = deepcopy(model).to(setting.device).train()
     forward = setting.compiled(model)
-    answer = None if teacher is None else setting.compiled(deepcopy(teacher).to(setting.device).eval())
+    answer = None
+    if teacher is not None:
+        teacher = deepcopy(teacher).to(setting.device, torch.float32 if setting.precise else torch.bfloat16).eval()
+        answer = setting.compiled(teacher)
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         images, labels = batch["pixel_values"], batch["labels"]
@@ -209,8 +212,8 @@ def bare(model: Any, setting: Setting, rounds: int, teacher: Any = None) -> list
         hard = nn.functional.cross_entropy(logits, labels)
         if answer is None:
             return hard
-        with torch.inference_mode(), setting.autocast():
-            said = answer(pixel_values=images).logits.float()
+        with torch.inference_mode():
+            said = answer(pixel_values=images.to(next(teacher.parameters()).dtype)).logits.float()
         return HARD * hard + (1 - HARD) * soft_targets(logits, said.clone(), TEMPERATURE).mean()
 
     return loop(model, list(Noise(setting, model.config.num_labels)), loss, setting, rounds)
@@ -239,6 +242,7 @@ def loop(
 def distilled(student: Any, teacher: Any, setting: Setting, rounds: int) -> list[float]:
     """Distillation by DistillationTrainer, its teacher live."""
     own = {"hard_weight": HARD, "teacher_cache": "never", "teacher_compile": not setting.precise}
+    own |= {} if setting.precise else {"teacher_dtype": "bfloat16"}
     with tempfile.TemporaryDirectory() as folder:
         trainer = NoiseDistillationTrainer(
             model=deepcopy(student), teacher=deepcopy(teacher),
