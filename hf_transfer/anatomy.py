@@ -127,6 +127,8 @@ class Anatomy:
 class Taps:
     """Reads the values that flow through named modules; a context manager that removes its hooks on exit.
 
+    It may be entered again within: the hooks go with the outermost exit.
+
     A module that runs several times in a forward (shared layers) leaves its last value. Maps are always (N, C, H, W),
     as a view where the network has them as (N, H, W, C): Swin, Sequencer, VOLO and others.
 
@@ -149,16 +151,21 @@ class Taps:
         self._modules = _modules_called(self._model, names)
         self._channels: dict[str, ChannelAxis] = {}
         self._handles: list[Any] = []
+        self._entered = 0
 
     def __enter__(self) -> Taps:
-        for name, module in self._modules:
-            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        if not self._entered:
+            for name, module in self._modules:
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        self._entered += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._entered -= 1
+        if not self._entered:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

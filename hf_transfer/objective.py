@@ -9,7 +9,8 @@ items in the whole accumulated batch over all processes: gradients are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +227,12 @@ class Learner(nn.Module):
         classifier = [self._classifier()] if any(term.uses_features for term in self.terms()) else []
         layers = dict.fromkeys(layer for term in self.terms() for layer in term.student_layers)
         return Taps(self.model, classifier, inputs=True), Taps(self.model, list(layers))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it the hooks that read layers stay; where each step sets its own they break a compiled graph."""
+        with self._feature_taps, self._layer_taps:
+            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As a module's, over `trained` where a trainer has set it: looking for the parameters takes longer."""

@@ -628,7 +628,8 @@ class TransferTrainer(Trainer):
                 sampler.set_epoch(epoch)
         if self._walks is None:
             self._find_what_steps_touch(model)
-        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+        with self.learner.listening() if self.learner is not None else nullcontext():
+            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _find_what_steps_touch(self, model: nn.Module) -> None:
         """Once a training: its optimizer holds the same parameters to the end."""

@@ -295,6 +295,18 @@ def test_hooks_go_when_the_forward_fails():
     assert not model[0]._forward_hooks
 
 
+def test_taps_that_are_entered_again_stay_to_the_end() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    taps = Taps(model, ["0"])
+    with taps:
+        with taps:
+            assert len(model[0]._forward_hooks) == 1
+        taps.values.clear()
+        model(torch.ones(1, 2))
+        assert set(taps.values) == {"0"}
+    assert not model[0]._forward_hooks
+
+
 def test_taps_read_the_copy_that_runs():
     model = tiny.tiny_model("roberta", "RobertaForSequenceClassification")
     inputs = tiny.inputs_for(model)

@@ -1,4 +1,4 @@
-"""Under torch.compile training is the same, and where terms read logits alone the network and they are whole graphs.
+"""Under torch.compile training is the same, and where terms look at no value the network and they are whole graphs.
 
 Compiled by AOTAutograd without inductor: same operations, seconds instead of minutes.
 """
@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from hf_transfer import TransferTrainer, distill, finetune
 from hf_transfer.objective import CosineSchedule, Objective
-from hf_transfer.objectives import DANN, CrossEntropy, SoftTargets
+from hf_transfer.objectives import DANN, RKD, AttentionTransfer, CrossEntropy, Hint, SoftTargets
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
@@ -59,7 +59,7 @@ def test_terms_on_logits_are_in_the_networks_graph(tmp_path: Path, case: str) ->
     assert 1 <= counters["stats"]["unique_graphs"] <= 2  # the schedule's first progress, and any other
 
 
-def test_terms_on_features_train_as_ever(tmp_path: Path) -> None:
+def test_terms_that_look_at_values_train_as_ever(tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", [CrossEntropy(), DANN()], runs.two_domains())
     compiled = trained(tmp_path / "compiled", [CrossEntropy(), DANN()], runs.two_domains(), **COMPILED)
     assert counters["stats"]["unique_graphs"]
@@ -92,13 +92,22 @@ def test_more_than_a_head_is_compiled_whole_and_not_cached(tmp_path: Path, caplo
     assert "torch_compile compiles the network whole" in caplog.text
 
 
-def test_a_student_is_in_one_graph_with_what_its_teacher_says(tmp_path: Path) -> None:
+STUDENTS: dict[str, Callable[[], list[Objective]]] = {
+    "logits": lambda: [SoftTargets(temperature=4.0, weight=0.9)],
+    "layers": lambda: [Hint(layers="last"), AttentionTransfer(layers="stages")],
+    "features": lambda: [RKD()],
+}
+
+
+@pytest.mark.parametrize("case", STUDENTS)
+def test_a_student_is_in_one_graph_with_what_its_teacher_says(tmp_path: Path, case: str) -> None:
     start, data, options = started(tmp_path)
 
     def student(name: str, **more: Any) -> Any:
-        terms = [SoftTargets(temperature=4.0, weight=0.9)]
-        return distill(start, start, data, objectives=terms, output_dir=tmp_path / name, **options, **more).model
+        torch.manual_seed(0)  # projectors are random
+        return distill(start, start, data, objectives=STUDENTS[case](), output_dir=tmp_path / name, **options, **more)
 
-    plain, compiled = student("plain"), student("compiled", **COMPILED)
+    plain, compiled = student("plain").model, student("compiled", **COMPILED).model
     assert_close(compiled.state_dict(), plain.state_dict())
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert not any(module._forward_hooks for module in compiled.modules())

@@ -73,7 +73,7 @@ class NetworkTeacher(Teacher):
             )
             layers.values.clear()  # the taps outlive the batch, its tensors should not
             features.values.clear()
-            return signal.to(home)
+        return _for_autograd(signal.to(home))
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -172,6 +172,12 @@ class LiveTeacher(NetworkTeacher):
         if self._fingerprint is None:
             self._fingerprint = self._digest()
         return self._fingerprint
+
+
+def _for_autograd(signal: TeacherSignal) -> TeacherSignal:
+    """With layers and features that terms may compute with: autograd refuses to keep what is of inference mode."""
+    features = None if signal.features is None else signal.features.clone()
+    return replace(signal, features=features, hidden={name: value.clone() for name, value in signal.hidden.items()})
 
 
 def refuse_fresh_head(backbone: Backbone, *, base: bool = False) -> None:

@@ -151,7 +151,8 @@ class FeatureTerm(Objective):
                 f"The term '{self.name}' needs the teacher's '{pair.teacher}', and its signal has {signal.contents()}."
             )
         # autograd refuses to keep what was made in inference mode; a cache and a teacher of its own dtype are narrower
-        teacher = teacher.clone() if teacher.is_inference() else teacher
+        if not torch.compiler.is_compiling() and teacher.is_inference():  # a graph cannot ask; of ours none is
+            teacher = teacher.clone()
         return student, teacher.to(torch.promote_types(teacher.dtype, student.dtype))
 
 
