@@ -311,10 +311,14 @@ class DistillationTrainer(TransferTrainer):
             top_k=self.args.teacher_cache_top_k,
             temperatures=_temperatures(self.objectives),
             features=self._caches_features(),
+            about=f"{self._teacher_name()}; {len(cast(Any, self.train_dataset)):,} rows, {key.views} view(s)",
             rank=self.args.process_index,
             world_size=self.args.world_size,
             wait=self.accelerator.wait_for_everyone,
         )
+
+    def _teacher_name(self) -> str:
+        return self.teacher.backbone.name if isinstance(self.teacher, NetworkTeacher) else type(self.teacher).__name__
 
     def extra_columns(self) -> Sequence[str]:
         """The teacher's own inputs, where it reads the rows in another way."""
