@@ -221,10 +221,9 @@ def values(dataset: Dataset | StoredRows, column: str) -> list[Any]:
 
 def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
     """(N,) int64 how many items a column of lists has in each row; reads none of them."""
-    import pyarrow.compute as pc
-
     table: Any = dataset.with_format("arrow").select_columns([column])[:]
-    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
+    chunks = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
+    return np.concatenate([np.empty(0), *chunks]).astype(np.int64)
 
 
 def class_ids(dataset: Dataset, label_column: str) -> np.ndarray | None:
