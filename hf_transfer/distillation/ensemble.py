@@ -73,6 +73,8 @@ class EnsembleTeacher(Teacher):
 
     def networks(self) -> list[nn.Module]:
         networks = [teacher.networks() for teacher in self.teachers]
+        if self.route_by is not None:  # a few rows may be for one of them only
+            return []
         return [network for each in networks for network in each] if all(networks) else []
 
     def to(self, device: torch.device | str) -> EnsembleTeacher:
