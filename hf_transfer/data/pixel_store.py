@@ -177,7 +177,10 @@ def write_store(
                     head = {"format": _FORMAT, "about": about, **asdict(key)}
                     (path / MANIFEST).write_text(json.dumps(head, indent=1))
                     entries = _write_pixels(path / PIXELS, images(), key.channels, max_bytes)
-                    np.save(workspace / IMAGES, entries)
+                    with (workspace / IMAGES).open("xb") as file:
+                        np.save(file, entries)
+                        file.flush()
+                        os.fsync(file.fileno())
             except BaseException:
                 _discard(path)
                 raise

@@ -70,6 +70,9 @@ def suited(
         device: Where batches will be.
         size: Rows of a batch of an evaluation.
         most: Rows that may run at a time.
+
+    Returns:
+        Those that suit the machine; those of an evaluation where answers depend on the batch, or that is not known.
     """
     networks, sample = teacher.networks(), a_few(rows)[:most]
     if not networks or len(sample) < 2:

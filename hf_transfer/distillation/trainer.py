@@ -193,7 +193,7 @@ class DistillationTrainer(TransferTrainer):
         views = min(self.args.teacher_cache_views, max(1, round(epochs))) if is_random(self.train_dataset) else 1
         key = self._cache_key(views)
         folder = self._cache_folder(key)
-        is_there = (folder / MANIFEST).exists()
+        is_there = self._agreed((folder / MANIFEST).exists())
         batches = CacheBatches(self.args.eval_batch_size) if is_there else self._cache_batches()
         if not is_there and mode == "auto":
             costs, measured = self._costs(views, epochs, folder, batches)
@@ -309,9 +309,9 @@ class DistillationTrainer(TransferTrainer):
         times = f"the teacher takes {1000 * asking:.1f} ms a batch and loading {1000 * reading:.1f} ms"
         return costs, f"{times}, {views} view(s)"
 
-    def _agreed(self, worth: bool) -> bool:
+    def _agreed(self, choice: bool) -> bool:
         """The first process's choice, which all follow."""
-        chosen = torch.tensor(float(worth and self.is_world_process_zero()), device=self.args.device)
+        chosen = torch.tensor(float(choice and self.is_world_process_zero()), device=self.args.device)
         return bool(self.accelerator.reduce(chosen, "sum") > 0)
 
     def _asked_for_cache(self) -> Teacher:
