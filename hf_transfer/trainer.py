@@ -258,15 +258,21 @@ class TransferTrainer(Trainer):
         """Metrics of what `observe_evaluation` saw since the last call, the same on every process; here none."""
         return {}
 
-    def rows_in_order(self, dataset: Any) -> Any:
-        """This process's collated batches of a dataset on its device; all processes' together hold every row."""
+    def rows_in_order(self, dataset: Any, order: Sequence[int] | None = None, size: int | None = None) -> Any:
+        """This process's collated batches of a dataset on its device; all processes' together hold every row.
+
+        Args:
+            dataset: Rows that can be indexed.
+            order: Positions of all of them; by default as they stand.
+            size: Rows of a batch; by default those of an evaluation.
+        """
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return self._get_dataloader(
                 dataset,
                 "Rows in order",
-                self.args.eval_batch_size,
-                sampler_fn=lambda rows: SequentialSampler(cast(Any, rows)),
+                size or self.args.eval_batch_size,
+                sampler_fn=lambda rows: cast(Any, order or SequentialSampler(cast(Any, rows))),
             )
         finally:
             self.args.dataloader_drop_last = dropping
@@ -276,9 +282,14 @@ class TransferTrainer(Trainer):
         dataset: Any = self.train_dataset
         if isinstance(dataset, IterableDataset):
             return self.data_collator(list(islice(dataset, rows)))
+        return self.batch_of(range(min(rows, len(dataset))))
+
+    def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """These rows of the training data as one batch, on the CPU."""
+        dataset: Any = self.train_dataset
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="training")
-        return self.data_collator([dataset[row] for row in range(min(rows, len(dataset)))])
+        return self.data_collator([dataset[row] for row in rows])
 
     @contextmanager
     def _learner_in_place(self) -> Iterator[None]:

@@ -219,6 +219,13 @@ def values(dataset: Dataset | StoredRows, column: str) -> list[Any]:
     return list(dataset.with_format(None).select_columns([column])[:][column])
 
 
+def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+    """(N,) int64 how many items a column of lists has in each row; reads none of them."""
+    table: Any = dataset.with_format("arrow").select_columns([column])[:]
+    chunks = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
+    return np.concatenate([np.empty(0), *chunks]).astype(np.int64)
+
+
 def class_ids(dataset: Dataset, label_column: str) -> np.ndarray | None:
     """(N,) int64 class of each row; None where a row has no one class (numbers, a label for every word)."""
     from datasets import ClassLabel, Value

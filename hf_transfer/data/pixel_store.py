@@ -1,8 +1,8 @@
 """Images decoded once, as 8-bit pixels in one memory-mapped file, found by example_id.
 
-<folder>/manifest.json      which rows, and what was done to them; written last
+<folder>/manifest.json      which rows, and what was done to them
 <folder>/pixels.u8          the images one after another, each (H, W, C)
-<folder>/images.npy         (R, 3) int64 by image: example_id, height, width
+<folder>/images.npy         (R, 3) int64 by image: example_id, height, width; written last
 <folder>.lock               held by the one process that writes
 """
 
@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..errors import TransferError
 from ..hub.staging import staged
 from .resampling import Arrays
 
-MANIFEST, PIXELS, IMAGES = "manifest.json", "pixels.u8", "images.npy"
+MANIFEST, PIXELS, IMAGES = FILES = "manifest.json", "pixels.u8", "images.npy"
 _GATHERED = 1 << 14  # bytes of an image, up to which copying a batch at once is faster than N views of the file
 _FORMAT = "hf_transfer images 1"
 
@@ -107,6 +108,8 @@ class PixelStore:
         if found is None:
             raise TransferError(f"There is no complete image store in {str(path)!r}. Write it anew.")
         key.check(found, path)
+        with suppress(OSError):  # where it may only be read
+            os.utime(path / MANIFEST)  # when it was last used
         return cls(path, key)
 
     def __len__(self) -> int:
@@ -142,7 +145,7 @@ class PixelStore:
 
 
 def write_store(
-    folder: str | os.PathLike[str], key: StoreKey, images: Callable[[], Images], *, max_bytes: int
+    folder: str | os.PathLike[str], key: StoreKey, images: Callable[[], Images], *, max_bytes: int, about: str = ""
 ) -> PixelStore:
     """Writes a store, whole or not at all; opens it instead where it is there already.
 
@@ -153,6 +156,7 @@ def write_store(
         key: Of which rows.
         images: Called once, if there is something to write, for all of them.
         max_bytes: The most that the pixels may take.
+        about: For people: of which images.
 
     Raises:
         TransferError: If the folder holds a store of other rows, or no space is left.
@@ -163,21 +167,31 @@ def write_store(
     path = Path(folder).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        found = _complete(path)
-        if found is None:
+        if _complete(path) is None:
             for stale in path.parent.glob(f".{path.name}.*"):  # of writers that were killed: they held the lock
                 shutil.rmtree(stale, ignore_errors=True)
-            with staged(path) as workspace:
-                _write(workspace, images(), key.channels, max_bytes)
-            with staged(path) as workspace:
-                (workspace / MANIFEST).write_text(json.dumps({"format": _FORMAT, **asdict(key)}, indent=1))
+            _discard(path)
+            try:
+                with staged(path) as workspace:
+                    path.mkdir(exist_ok=True)
+                    head = {"format": _FORMAT, "about": about, **asdict(key)}
+                    (path / MANIFEST).write_text(json.dumps(head, indent=1))
+                    entries = _write_pixels(path / PIXELS, images(), key.channels, max_bytes)
+                    with (workspace / IMAGES).open("xb") as file:
+                        np.save(file, entries)
+                        file.flush()
+                        os.fsync(file.fileno())
+            except BaseException:
+                _discard(path)
+                raise
     return PixelStore.open(path, key)
 
 
-def _write(workspace: Path, images: Images, channels: int, max_bytes: int) -> None:
+def _write_pixels(path: Path, images: Images, channels: int, max_bytes: int) -> np.ndarray:
+    """(R, 3) int64, what IMAGES holds, once the pixels are on the disk."""
     entries: list[tuple[int, int, int]] = []
     written = 0
-    with (workspace / PIXELS).open("xb") as file:
+    with path.open("xb") as file:
         for example_id, image in images:
             height, width, depth = image.shape
             if image.dtype != np.uint8 or depth != channels:
@@ -191,7 +205,15 @@ def _write(workspace: Path, images: Images, channels: int, max_bytes: int) -> No
             entries.append((example_id, height, width))
         file.flush()
         os.fsync(file.fileno())
-    np.save(workspace / IMAGES, np.array(entries, dtype=np.int64))
+    return np.array(entries, dtype=np.int64)
+
+
+def _discard(folder: Path) -> None:
+    """Removes what there is of a store, and its folder if nothing else is in it."""
+    for name in reversed(FILES):  # without the last it is no store
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _complete(folder: Path) -> StoreKey | None:
@@ -206,6 +228,7 @@ def _complete(folder: Path) -> StoreKey | None:
         return None
     if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
         raise TransferError(f"{str(folder / MANIFEST)!r} is not of an image store: choose another folder.")
+    found.pop("about", None)
     key = StoreKey(**found)
     if not (folder / IMAGES).is_file() or not (folder / PIXELS).is_file():
         return None

@@ -43,6 +43,9 @@ class Still:
     shape: tuple[int, int, int] | None = None
     whole = False
 
+    def __str__(self) -> str:
+        return "of any size" if self.shape is None else f"{self.shape[0]} x {self.shape[1]} pixels"
+
     def __call__(self, images: Iterable[Image]) -> Arrays:
         """N images, which may be decoded one by one as they are asked for -> N arrays (H, W, C) uint8."""
         raise NotImplementedError
@@ -62,6 +65,9 @@ class Shrunk(Still):
 
     def __init__(self, bound: int, cubic: bool) -> None:
         self.bound, self.cubic = bound, cubic
+
+    def __str__(self) -> str:
+        return f"whole, up to {self.bound} pixels on the shorter side"
 
     def __call__(self, images: Iterable[Image]) -> Arrays:
         return [_array(self._shrunk(image)) for image in images]

@@ -15,7 +15,8 @@ import torch
 
 from ..disk import SPARE, free_bytes, is_writable
 from ..errors import TransferError
-from .pixel_store import MANIFEST, StoreTooLarge
+from ..store.folders import default_home
+from .pixel_store import IMAGES, StoreTooLarge
 from .stored_rows import StorePlan, has_images, store_name
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _obstacle(plans: Mapping[str, StorePlan], home: Path, run: RunConfig, args: 
     logger.info("Image store over %g epochs: %s", round(epochs, 2), said)
     if size > run.image_store_max_bytes:
         return f"{said}: more than image_store_max_bytes={run.image_store_max_bytes:,} allows."
-    if size <= SPARE * free or all((home / store_name(plan.key) / MANIFEST).exists() for plan in plans.values()):
+    if size <= SPARE * free or all((home / store_name(plan.key) / IMAGES).exists() for plan in plans.values()):
         return None
     return f"{said}: too little is free."
 
@@ -99,10 +100,8 @@ def _epochs(rows: int, args: TransferConfig) -> float:
 
 
 def _home(run: RunConfig) -> Path:
-    from huggingface_hub import constants
-
     root = run.image_store_dir
-    return Path(constants.HF_HOME) / "hf_transfer" / "images" if root is None else Path(root).absolute()
+    return default_home("images") if root is None else Path(root).absolute()
 
 
 def _first_process_says(obstacle: str | None) -> str | None:

@@ -218,7 +218,11 @@ class StorePlan:
         """Writes the store, or opens it."""
         began = time.monotonic()
         store = write_store(
-            folder, self.key, lambda: decoded(self.prepared, self.transform, num_workers), max_bytes=max_bytes
+            folder,
+            self.key,
+            lambda: decoded(self.prepared, self.transform, num_workers),
+            max_bytes=max_bytes,
+            about=f"{len(self.prepared):,} images, {self.transform.still}",
         )
         logger.info("Images stored in %s: %.1f MiB, %.1f s", folder, store.bytes / 2**20, time.monotonic() - began)
         plain = self.prepared.with_format(None)

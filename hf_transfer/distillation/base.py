@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .signal import TeacherSignal
@@ -51,6 +51,10 @@ class Teacher(ABC):
         Raises:
             TransferError: If the teacher cannot give one of them.
         """
+
+    def networks(self) -> list[nn.Module]:
+        """The networks that run for a batch, if their modules can be watched; by default none are known."""
+        return []
 
     def to(self, device: torch.device | str) -> Teacher:
         """Places the teacher, once a process; nothing to do for one that holds no network."""

@@ -85,6 +85,9 @@ class ChunkedTeacher(Teacher):
             asked = [*layers, *(["features"] if features else [])]
             raise TransferError(f"Chunks of tokens hold logits only, and a term asks for {asked}: drop chunk_tokens.")
 
+    def networks(self) -> list[nn.Module]:
+        return self.teacher.networks()
+
     def to(self, device: torch.device | str) -> ChunkedTeacher:
         self.teacher.to(device)
         return self
@@ -118,6 +121,9 @@ class LargestTeacher(Teacher):
 
     def watch(self, layers: Sequence[str] = (), features: bool = False) -> None:
         self.teacher.watch(layers, features)
+
+    def networks(self) -> list[nn.Module]:
+        return self.teacher.networks()
 
     def to(self, device: torch.device | str) -> LargestTeacher:
         self.teacher.to(device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import wide
@@ -70,6 +70,12 @@ class EnsembleTeacher(Teacher):
                 f"An ensemble of {len(self.teachers)} teachers has no one layer to compare with ({', '.join(asked)}): "
                 "use terms on logits, or one teacher."
             )
+
+    def networks(self) -> list[nn.Module]:
+        networks = [teacher.networks() for teacher in self.teachers]
+        if self.route_by is not None:  # a few rows may be for one of them only
+            return []
+        return [network for each in networks for network in each] if all(networks) else []
 
     def to(self, device: torch.device | str) -> EnsembleTeacher:
         for teacher in self.teachers:

@@ -60,6 +60,9 @@ class NetworkTeacher(Teacher):
         self._layers = Taps(model, list(layers))
         self._features = Taps(model, self.backbone.anatomy.classifiers[:1] if features else [], inputs=True)
 
+    def networks(self) -> list[nn.Module]:
+        return [self.backbone.model]
+
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
         home = next(value.device for value in batch.values() if torch.is_tensor(value))
         with self.answering(), self._layers as layers, self._features as features:
@@ -155,6 +158,9 @@ class LiveTeacher(NetworkTeacher):
         if self.compiled and (layers or features):
             raise TransferError("Layers and features are read by hooks, which compile=True leaves out: turn it off.")
         super().watch(layers, features)
+
+    def networks(self) -> list[nn.Module]:
+        return [] if self.compiled else super().networks()  # hooks are left out, and every new size is compiled anew
 
     def to(self, device: torch.device | str) -> LiveTeacher:
         device = torch.device(device)

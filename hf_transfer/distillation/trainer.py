@@ -36,8 +36,10 @@ from ..objectives import JSD, MSE, CrossEntropy, LogitMSE, SoftTargets
 from ..objectives._layers import FeatureTerm
 from ..store.decision import Costs, epochs_of
 from ..store.folders import cache_folder
+from ..store.manifest import MANIFEST
 from ..trainer import TransferTrainer
 from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
+from .cache_batches import CacheBatches, suited
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
 from .live import NetworkTeacher, shares_weights
@@ -191,12 +193,14 @@ class DistillationTrainer(TransferTrainer):
         views = min(self.args.teacher_cache_views, max(1, round(epochs))) if is_random(self.train_dataset) else 1
         key = self._cache_key(views)
         folder = self._cache_folder(key)
-        if not (folder / "manifest.json").exists() and mode == "auto":
-            costs, measured = self._costs(views, epochs, folder)
+        is_there = self._agreed((folder / MANIFEST).exists())
+        batches = CacheBatches(self.args.eval_batch_size) if is_there else self._cache_batches()
+        if not is_there and mode == "auto":
+            costs, measured = self._costs(views, epochs, folder, batches)
             logger.info("Teacher %s: %s; %s", "cached" if costs.worth else "live", measured, costs)
             if not self._agreed(costs.worth):
                 return
-        cache = self._write_cache(folder, key)
+        cache = self._write_cache(folder, key, batches)
         self.training_teacher = CachedTeacher(cache, self.teacher.labels).to(self.args.device)
         logger.info("Teacher cached in %s: %d view(s) of each row", folder, views)
 
@@ -246,10 +250,33 @@ class DistillationTrainer(TransferTrainer):
     def _caches_features(self) -> bool:
         return any(isinstance(term, FeatureTerm) for term in self.objectives)
 
-    def _costs(self, views: int, epochs: float, folder: Path) -> tuple[Costs, str]:
-        """What both ways cost, and what was measured, for the log."""
+    def _cache_batches(self) -> CacheBatches:
+        """In which batches the teacher is asked for a cache; the first process's choice is every process's."""
+        usual = self.args.eval_batch_size
+        if self.student.modality == "audio":  # padded to the longest of the batch, on which answers may depend
+            return CacheBatches(usual)
+        most = usual if self.student.task == "causal-lm" else None  # a token's logits are large
+        asked = self._asked_for_cache()
+        chosen = [suited(asked, self._prepared_rows(), self.batch_of, self.args.device, usual, most)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(chosen)
+        return chosen[0]
+
+    def _prepared_rows(self) -> Any:
+        """The student's rows, as `prepare` made them."""
+        data: Any = self.train_dataset
+        return data.dataset if isinstance(data, TeacherInputRows) else data
+
+    def _costs(self, views: int, epochs: float, folder: Path, chosen: CacheBatches) -> tuple[Costs, str]:
+        """What both ways cost, and what was measured, for the log.
+
+        Live the teacher takes at least as long as it does here, in batches of the size that suits it.
+        """
         rows = len(cast(Any, self.train_dataset))
-        batches = iter(self.rows_in_order(self.train_dataset))
+        order = chosen.order(self._prepared_rows())
+        if order is not None:
+            order = [*order[rows // 2 :], *order[: rows // 2]]  # first the texts of typical length
+        batches = iter(self.rows_in_order(self.train_dataset, order, chosen.rows))
         teacher_asked = self._asked_for_cache()
         teacher: list[float] = []
         loading: list[float] = []
@@ -260,7 +287,8 @@ class DistillationTrainer(TransferTrainer):
             if batch is None:
                 break
             loaded = time.perf_counter()
-            signal = teacher_asked(batch)
+            for part in chosen.parts(batch):
+                signal = teacher_asked(part)
             _wait_for(self.args.device)
             loading.append(loaded - started)
             teacher.append(time.perf_counter() - loaded)
@@ -268,7 +296,7 @@ class DistillationTrainer(TransferTrainer):
         shape = signal.logits_shape or ()
         kept = self.args.teacher_cache_top_k
         numbers = torch.Size(shape[1:-1]).numel() * (shape[-1] if kept is None else 2 * kept + 2)
-        in_all = max(1, round(rows / self.args.world_size / self.args.eval_batch_size))
+        in_all = max(1, round(rows / self.args.world_size / chosen.rows))
         asking, reading = (median(times[1:] or times) for times in (teacher, loading))  # the first one warms up
         costs = Costs(
             live=in_all * asking,
@@ -281,9 +309,9 @@ class DistillationTrainer(TransferTrainer):
         times = f"the teacher takes {1000 * asking:.1f} ms a batch and loading {1000 * reading:.1f} ms"
         return costs, f"{times}, {views} view(s)"
 
-    def _agreed(self, worth: bool) -> bool:
+    def _agreed(self, choice: bool) -> bool:
         """The first process's choice, which all follow."""
-        chosen = torch.tensor(float(worth and self.is_world_process_zero()), device=self.args.device)
+        chosen = torch.tensor(float(choice and self.is_world_process_zero()), device=self.args.device)
         return bool(self.accelerator.reduce(chosen, "sum") > 0)
 
     def _asked_for_cache(self) -> Teacher:
@@ -295,13 +323,15 @@ class DistillationTrainer(TransferTrainer):
             return self.teacher
         return LargestTeacher(self._chunked_teacher, k, _temperatures(self.objectives), tokens)
 
-    def _write_cache(self, folder: Path, key: CacheKey) -> TeacherCache:
+    def _write_cache(self, folder: Path, key: CacheKey, chosen: CacheBatches) -> TeacherCache:
         counter = dataset_epoch(self.train_dataset)
+        order = chosen.order(self._prepared_rows())
 
         def batches(view: int) -> Iterator[Any]:
             if counter is not None:
                 counter.set(view)
-            yield from self.rows_in_order(self.train_dataset)
+            for batch in self.rows_in_order(self.train_dataset, order, chosen.rows):
+                yield from chosen.parts(batch)
 
         return write_cache(
             folder,
@@ -311,10 +341,14 @@ class DistillationTrainer(TransferTrainer):
             top_k=self.args.teacher_cache_top_k,
             temperatures=_temperatures(self.objectives),
             features=self._caches_features(),
+            about=f"{self._teacher_name()}; {len(cast(Any, self.train_dataset)):,} rows, {key.views} view(s)",
             rank=self.args.process_index,
             world_size=self.args.world_size,
             wait=self.accelerator.wait_for_everyone,
         )
+
+    def _teacher_name(self) -> str:
+        return self.teacher.backbone.name if isinstance(self.teacher, NetworkTeacher) else type(self.teacher).__name__
 
     def extra_columns(self) -> Sequence[str]:
         """The teacher's own inputs, where it reads the rows in another way."""

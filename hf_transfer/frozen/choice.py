@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch_sizes import a_few
 from ..data.columns import EXAMPLE_ID
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..data.stored_rows import StoredRows
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 VIEWS = 4  # of augmented rows, where "always" is asked for and no number
 MEASURED_BATCHES = 3
 _KEPT = (EXAMPLE_ID, "attention_mask")  # of batches that were measured
-_SAMPLE, _LOOKED_AT = 4, 64  # rows that a cut is found with; of texts, those of the first that differ most in length
+_LOOKED_AT = 1024  # texts whose mean length stands for all
 
 
 @dataclass
@@ -222,7 +223,7 @@ class _Plan:
 
     def _tokens_a_row(self) -> int:
         """The mean length of the texts that are looked at, rounded up."""
-        lengths = [len(ids) for ids in self.train[: 16 * _LOOKED_AT]["input_ids"]]
+        lengths = [len(ids) for ids in self.train[:_LOOKED_AT]["input_ids"]]
         return math.ceil(sum(lengths) / len(lengths))
 
     def _compare(self, size: int, free: int) -> None:
@@ -270,12 +271,7 @@ class _Plan:
 
     def _sample(self) -> dict[str, Any]:
         """A few rows as a batch; texts of unequal length."""
-        rows = list(range(min(_LOOKED_AT, len(self.train))))
-        if "input_ids" in self.train.column_names:
-            lengths = [len(ids) for ids in self.train[: len(rows)]["input_ids"]]
-            rows.sort(key=lambda row: lengths[row])
-            rows = [*rows[:1], *rows[-_SAMPLE + 1 :]]
-        return self.collator([self.train[row] for row in dict.fromkeys(rows[:_SAMPLE])])
+        return self.collator([self.train[row] for row in a_few(self.train)])
 
     def _key(self, prefix: str, rows: Any, views: int) -> tuple[CacheKey, Path]:
         key = CacheKey(prefix, data_signature(rows), transform_signature(rows), views)

@@ -1,9 +1,4 @@
-"""Running the frozen part of a network over many rows, in batches that suit the machine.
-
-On a CPU the C library maps tensors over 32 MiB anew each time, and the system's work for fresh pages is then most of
-the time. Measured on one core with mobilenetv2 at 224 px: 53 ms of CPU time a row in batches of 32, of which 33 ms are
-the system's; 17 ms in batches of 3, and 14 ms with channels last. Texts run from long to short, so that a batch holds
-little padding.
+"""Running the frozen part of a network over many rows, in batches that suit the machine (batch_sizes.py).
 
 A batch of another size rounds otherwise, and so does another order of channels. Where a vector crosses the cut, linear
 layers behind it pass that on as it is. Behind a map Adam makes a step of full size of a gradient that is nothing but
@@ -20,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batch_sizes import in_parts, longest_first, rows_at_once, rows_loaded
 from ..data.columns import EXAMPLE_ID, values
 from ..objective import model_inputs
 from .cut import Cut
@@ -27,9 +23,6 @@ from .trust import alike
 
 if TYPE_CHECKING:
     from ..data.collate import Collator
-
-_ROWS, _ROWS_ON_ACCELERATOR = 64, 256  # that are loaded at a time, at least
-_LARGEST, _LARGEST_ON_ACCELERATOR = 16 << 20, 512 << 20  # bytes that the output of one module may take
 
 
 class Extractor:
@@ -71,16 +64,14 @@ class Extractor:
             mine: (L,) example_ids that this process has computed.
         """
         ids = np.asarray(values(rows, EXAMPLE_ID))
-        order = np.flatnonzero(~np.isin(ids, there))
-        if "input_ids" in rows.column_names:
-            lengths = np.array([len(row) for row in values(rows, "input_ids")])
-            order = order[np.argsort(-lengths[order], kind="stable")]
+        order = longest_first(rows)
+        order = order[~np.isin(ids[order], there)]
         own = order[self.args.process_index :: self.args.world_size]
         if mine is not None:
             own = own[~np.isin(ids[own], mine)]
         size = self.args.train_batch_size
         if not self._as_trained:
-            size = max(size, _ROWS if self._on_cpu else _ROWS_ON_ACCELERATOR)
+            size = rows_loaded(self._device, size)
         batches = [own[start : start + size].tolist() for start in range(0, len(own), size)]
         middle = len(batches) // 2  # first the batches of typical length, as it is the first that are measured
         return batches[middle:] + batches[:middle]
@@ -126,14 +117,10 @@ class Extractor:
         each = self.cut.largest
         if self.cut.sizes[1] is not None:
             each = each * inputs["attention_mask"].shape[1] // self.cut.sizes[1]
-        at_once = max(1, (_LARGEST if self._on_cpu else _LARGEST_ON_ACCELERATOR) // max(each, 1))
+        at_once = rows_at_once(self._device, each)
         if at_once >= rows or self._as_trained:
             return run(inputs)
-        parts = [
-            {name: x[start : start + at_once] if torch.is_tensor(x) else x for name, x in inputs.items()}
-            for start in range(0, rows, at_once)
-        ]
-        return torch.cat([run(part) for part in parts])
+        return torch.cat([run(part) for part in in_parts(inputs, at_once)])
 
 
 @contextmanager

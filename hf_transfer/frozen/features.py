@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Taps
+from ..batch_sizes import longest_first
 from ..data.collate import collator_for
-from ..data.columns import EXAMPLE_ID, LABELS, values
+from ..data.columns import EXAMPLE_ID, LABELS
 from ..data.replay import dataset_epoch, is_random
 from ..errors import TransferError
 from ..objective import logits_of, match_rows, model_inputs
@@ -117,7 +118,7 @@ def _one_view(
 ) -> Features:
     """All rows as they stand in this epoch."""
     model, collate = backbone.model, collator_for(backbone)
-    order = _longest_first(rows)
+    order = longest_first(rows)
     found: dict[str, list[Tensor]] = {"x": [], LABELS: [], EXAMPLE_ID: [], "logits": []}
     with torch.inference_mode(), Taps(model, backbone.anatomy.classifiers[:1], inputs=True) as taps:
         for start in range(0, len(order), batch_size):
@@ -139,14 +140,6 @@ def _one_view(
 def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """An input where the network is, floating ones in its dtype."""
     return value.to(device, dtype if value.is_floating_point() else None)
-
-
-def _longest_first(rows: Dataset) -> np.ndarray:
-    """(N,) order in which the rows run: texts by length, all others as they stand."""
-    if "input_ids" not in rows.column_names:
-        return np.arange(len(rows))
-    lengths = np.array([len(ids) for ids in values(rows, "input_ids")])
-    return np.argsort(-lengths, kind="stable")
 
 
 def _joined(parts: list[Features]) -> Features:

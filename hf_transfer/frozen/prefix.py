@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..batch_sizes import largest_output
 from ..data.replay import borrowed_generators
 from ..objective import logits_of
 from .cut import Cut as Cut
@@ -49,7 +50,7 @@ def find_cut(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy | None
 
 
 def _find(model: nn.Module, inputs: dict[str, Any], anatomy: Anatomy, lowest: int) -> Cut:
-    with mode_of(model, training=True), torch.random.fork_rng(), torch.no_grad():
+    with mode_of(model, training=True), torch.random.fork_rng(), torch.no_grad(), largest_output([model]) as seen:
         root, output = trace(model, inputs)
     first = next((call for call in root.inside() if not call.children and not call.frozen), None)
     if first is None:
@@ -59,7 +60,7 @@ def _find(model: nn.Module, inputs: dict[str, Any], anatomy: Anatomy, lowest: in
     if not any(True for unit in units for _ in unit.module.parameters()):
         raise NoCut(f"nothing is frozen below {first.name!r}, the first module that trains.")
     found: list[str] = []
-    for candidate in _candidates(model, inputs, root, first, units, logits_of(output)):
+    for candidate in _candidates(model, inputs, root, first, units, logits_of(output), seen.bytes):
         why = difference(candidate, inputs)
         if why is None:
             return candidate
@@ -85,13 +86,17 @@ def _units(root: Call, end: int) -> list[Call]:
 
 
 def _candidates(
-    model: nn.Module, inputs: Mapping[str, Any], root: Call, first: Call, units: Sequence[Call], logits: Tensor
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    root: Call,
+    first: Call,
+    units: Sequence[Call],
+    logits: Tensor,
+    largest: int,
 ) -> Iterator[Cut]:
     """Cuts to try, the latest first: at the input of what trains, then at the output of the last frozen module."""
     entry = _entry(first)
     rows = len(logits)
-    outputs = [value for call in root.inside() if (value := only_tensor(call.output)) is not None]
-    largest = max(value.numel() * value.element_size() for value in outputs) // rows
     mask = inputs.get("attention_mask")
     floats = {
         name: (tuple(value.shape[1:]), value.dtype)
@@ -109,7 +114,7 @@ def _candidates(
             return  # the length of a batch's texts, which placeholders need, does not cross
         yield Cut(
             model, call.name, at_input, tuple(value.shape[1:]), value.dtype, per_token, steps, stubs, floats,
-            (rows, mask.shape[1] if mask is not None else None), largest, _memory_format(value),
+            (rows, mask.shape[1] if mask is not None else None), largest // rows, _memory_format(value),
         )  # fmt: skip
 
     if (steps := _steps(entry, entry.given, logits)) is not None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data import pixel_store
 from ..errors import TransferError
 from .journal import read_parts
 from .key import CacheKey
 from .manifest import MANIFEST, SHARDS, read_json
 from .writing import LOCK
 
-HOMES = ("teachers", "prefixes")  # folders under the Hub's home, one a kind of cache
+HOMES = ("teachers", "prefixes", "images")  # folders under the Hub's home, one a kind of cache
 
 
 def cache_folder(root: str | os.PathLike[str] | None, home: str, key: CacheKey, *kept: Any) -> Path:
@@ -40,11 +41,39 @@ def default_home(home: str) -> Path:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a kind of cache lies on a disk; each has a MANIFEST or a journal that names the kind.
+
+    Attributes:
+        files: Globs of its own files in its folder, MANIFEST among them.
+        last: Which of them is written last: without it a cache is incomplete.
+        lock: What the run that writes it holds, seen from where the folder lies; {} is the folder's name.
+    """
+
+    files: tuple[str, ...]
+    last: str
+    lock: str
+
+    def files_in(self, folder: Path) -> list[Path]:
+        """A cache's own files."""
+        return [path for pattern in self.files for path in folder.glob(pattern) if path.is_file()]
+
+    def lock_of(self, folder: Path) -> Path:
+        """A cache's lock."""
+        return folder.parent / self.lock.format(folder.name)
+
+
+_JOURNALLED = Form((MANIFEST, f"{SHARDS}/*"), MANIFEST, f"{{}}/{LOCK}")
+_IMAGES = Form(pixel_store.FILES, pixel_store.IMAGES, "{}.lock")
+
+
+@dataclass(frozen=True)
 class Found:
     """A cache that lies somewhere.
 
     Attributes:
         folder: Where.
+        form: How it lies there.
         kind: What it is called.
         about: Of which network and rows.
         size: Bytes.
@@ -53,6 +82,7 @@ class Found:
     """
 
     folder: Path
+    form: Form
     kind: str
     about: str
     size: int
@@ -104,15 +134,18 @@ def remove(cache: Found) -> None:
     """
     from huggingface_hub.utils import WeakFileLock
 
+    folder, lock = cache.folder, cache.form.lock_of(cache.folder)
     try:
-        with WeakFileLock(cache.folder / LOCK, timeout=0.1):
-            (cache.folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(cache.folder / SHARDS, ignore_errors=True)
+        with WeakFileLock(lock, timeout=0.1):
+            (folder / cache.form.last).unlink(missing_ok=True)  # at once: what is left is incomplete
+            for path in cache.form.files_in(folder):
+                path.unlink(missing_ok=True)
     except TimeoutError as error:
-        raise TransferError(f"A run is writing {str(cache.folder)!r} now: remove it once that has ended.") from error
-    (cache.folder / LOCK).unlink(missing_ok=True)
-    if not any(cache.folder.iterdir()):
-        cache.folder.rmdir()
+        raise TransferError(f"A run is writing {str(folder)!r} now: remove it once that has ended.") from error
+    lock.unlink(missing_ok=True)
+    for emptied in (folder / SHARDS, folder):
+        with suppress(OSError):  # something else is in it
+            emptied.rmdir()
 
 
 def _looked_at(folder: Path) -> Found | None:
@@ -122,16 +155,10 @@ def _looked_at(folder: Path) -> Found | None:
     kind = str(head.get("format", ""))
     if not kind.startswith("hf_transfer "):
         return None
-    files = list(_files(folder))
-    sizes = [path.stat() for path in files]
     name = kind.removeprefix("hf_transfer ").rpartition(" ")[0]
+    form = _IMAGES if name == "images" else _JOURNALLED
+    sizes = [path.stat() for path in form.files_in(folder)]
+    complete = isinstance(manifest, dict) and (folder / form.last).is_file()
     about = str(head.get("about", "written by an older version, not read any more"))
     used = max(stat.st_mtime for stat in sizes)
-    return Found(folder, name, about, sum(stat.st_size for stat in sizes), used, isinstance(manifest, dict))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The cache's own files."""
-    for path in (folder / MANIFEST, *(folder / SHARDS).glob("*")):
-        if path.is_file():
-            yield path
+    return Found(folder, form, name, about, sum(stat.st_size for stat in sizes), used, complete)

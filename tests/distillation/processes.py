@@ -57,6 +57,16 @@ def run(folder: Path, stop_at: int | None = None, resume: bool = False) -> Disti
     return trainer
 
 
+def written(out: Path) -> dict[str, Any]:
+    """A cache of texts of unequal length: whether its batches were chosen, and what it says of the tokens of a row."""
+    trainer = language_trainer(out, per_device_eval_batch_size=2, teacher_cache_dir=str(out / "texts"))
+    chosen, key = trainer._cache_batches(), trainer._cache_key(1)
+    cache = trainer._write_cache(trainer._cache_folder(key), key, chosen)
+    masks = [torch.tensor([mask]) for mask in trainer.train_dataset["attention_mask"]]
+    said = [cache.signal(torch.tensor([row]), 0, mask).logits for row, mask in enumerate(masks)]
+    return {"largest": chosen.largest, "said": said}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
@@ -70,6 +80,7 @@ def main() -> None:
         "rows": sorted(whole.training_teacher.cache.example_ids.tolist()),
         "files": sorted(path.name for path in (out / "whole" / "checkpoint-18").iterdir()),
         "model is the user's": whole.model is whole.student.model,
+        "written": written(out),
         "language": language_trainer(out, chunk_tokens=8, per_device_eval_batch_size=4).evaluate(),
     }
     torch.save(result, out / f"{os.environ.get('RANK', 0)}.pt")

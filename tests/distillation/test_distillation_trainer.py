@@ -169,6 +169,8 @@ def test_a_cache_that_is_given_must_be_of_these_rows_as_they_are_seen(
     written = make(tmp_path, data, network(2), teacher, teacher_cache="always", max_steps=1)
     written.train()
     cache = written.training_teacher
+    assert isinstance(cache, CachedTeacher)
+    assert cache.cache.manifest.contents.about == f"{teacher.name}; {len(data.splits['train'])} rows, 1 view(s)"
     given = make(tmp_path, data, network(2), cache, max_steps=1)
     given.train()
     same(weights(given.model), weights(written.model))

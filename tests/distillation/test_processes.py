@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distillation.language_rows import language_trainer
+from distillation.language_rows import WORDS, language_backbone, language_rows, language_trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -55,6 +55,15 @@ def test_neither_teacher_nor_terms_are_in_the_saved_model(ranks: Any) -> None:
         assert rank["model is the user's"]
     weights = [name for name in ranks[0]["files"] if name.endswith((".safetensors", ".bin"))]
     assert weights == ["model.safetensors", "training_args.bin"]
+
+
+def test_a_cache_of_texts_by_length_is_what_the_teacher_says(ranks: Any) -> None:
+    teacher = language_backbone(1, WORDS - 3).model
+    assert ranks[0]["written"]["largest"] == ranks[1]["written"]["largest"] is not None
+    for row, said in zip(language_rows(), ranks[1]["written"]["said"], strict=True):
+        with torch.inference_mode():
+            direct = teacher(input_ids=torch.tensor([row["input_ids"]])).logits
+        torch.testing.assert_close(said.float(), direct, rtol=1e-3, atol=1e-3)  # kept in half precision
 
 
 def test_tokens_in_stretches_are_scored_as_on_one_process(ranks: Any, tmp_path: Path) -> None:

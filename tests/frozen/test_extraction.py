@@ -11,11 +11,10 @@ import pytest
 import tiny_runs
 import torch
 
-from hf_transfer import load_backbone
+from hf_transfer import batch_sizes, load_backbone
 from hf_transfer.data.collate import collator_for
 from hf_transfer.data.sources import load_data
 from hf_transfer.data.transforms import prepare
-from hf_transfer.frozen import extraction
 from hf_transfer.frozen.extraction import Extractor
 from hf_transfer.frozen.prefix import find_cut
 from hf_transfer.objective import model_inputs
@@ -74,7 +73,7 @@ def test_each_row_is_what_it_is_alone(
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(next(iter(kwargs.values())))), with_kwargs=True
     )
-    monkeypatch.setattr(extraction, "_LARGEST", 3 * extracted.cut.largest)
+    monkeypatch.setattr(batch_sizes, "_LARGEST", 3 * extracted.cut.largest)
     in_parts = computed(extracted, rows)
     handle.remove()
     whole = kind != "bert" and isinstance(tuning, PartialFreeze)  # a map crosses: as in training, bit for bit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -9,10 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from huggingface_hub.utils import WeakFileLock
 
-from hf_transfer import TransferError, cli
+from hf_transfer import TransferConfig, TransferError, cli, load_backbone
+from hf_transfer.config import RunConfig
+from hf_transfer.data.pixel_store import PixelStore, StoreKey, write_store
+from hf_transfer.data.sources import load_data
+from hf_transfer.data.store_choice import stored_splits
+from hf_transfer.data.transforms import prepare
 from hf_transfer.distillation.cache import write_cache
 from hf_transfer.distillation.signal import TeacherSignal
 from hf_transfer.frozen.cache import CacheKey, PrefixCache, write_prefix_cache
@@ -20,6 +27,7 @@ from hf_transfer.store.folders import Found, cache_folder, caches_in, chosen, de
 
 KEY = CacheKey("weights" * 3, "data" * 5, "transform" * 3, views=1)
 BATCH = {"example_id": torch.arange(4)}
+IMAGES = StoreKey("rows", "done", 3)
 
 
 def prefix_cache(folder: Path, about: str = "resnet, before fc", stop: bool = False) -> None:
@@ -33,6 +41,35 @@ def prefix_cache(folder: Path, about: str = "resnet, before fc", stop: bool = Fa
 
 def teacher_cache(folder: Path) -> None:
     write_cache(folder, KEY, lambda batch: TeacherSignal(logits=torch.zeros(4, 3)), lambda view: [BATCH])
+
+
+def image_store(folder: Path) -> PixelStore:
+    images = [(row, np.zeros((6, 5, 3), np.uint8)) for row in range(4)]
+    return write_store(folder, IMAGES, lambda: images, max_bytes=1 << 20, about="4 images, 6 x 5 pixels")
+
+
+def killed(folder: Path, after: int) -> None:
+    """Writes an image store and is killed after so many images."""
+
+    def images() -> Any:
+        yield from [(row, np.zeros((6, 5, 3), np.uint8)) for row in range(after)]
+        os._exit(9)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=write_store, args=(folder, IMAGES, images), kwargs={"max_bytes": 1 << 20, "about": "9 images"}
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+
+
+def stored_by_a_run(backbone: Path) -> Path:
+    """Where a run puts the images of its training rows."""
+    data = load_data(tiny_runs.digits(20, 10))
+    train = prepare(data.splits["train"], load_backbone(backbone), data.columns, train=False)
+    run = RunConfig(model=str(backbone), dataset="digits", image_store="always")
+    args = TransferConfig(output_dir=str(backbone), report_to="none", num_train_epochs=2)
+    return stored_splits({"train": train}, run, args)["train"].store.folder
 
 
 def used_days_ago(folder: Path, days: float) -> None:
@@ -78,6 +115,56 @@ def test_removed_with_nothing_that_is_not_the_caches(caches: Path) -> None:
         remove(cache)
     assert [path.name for path in sorted(caches.iterdir())] == ["photos", "taught"]
     assert [path.name for path in (caches / "taught").iterdir()] == ["notes.txt"]
+
+
+def test_image_stores_among_them(caches: Path) -> None:
+    image_store(caches / "pixels")
+    used_days_ago(caches / "pixels", 3)
+    killed(caches / "shot", after=3)
+    used_days_ago(caches / "shot", 5)
+    found = {cache.folder.name: cache for cache in caches_in([caches])}
+    assert list(found) == ["taught", "half", "pixels", "shot", "old"]
+    assert [(found[name].kind, found[name].about, found[name].complete) for name in ("pixels", "shot")] == [
+        ("images", "4 images, 6 x 5 pixels", True),
+        ("images", "9 images", False),
+    ]
+    assert found["pixels"].size == sum(path.stat().st_size for path in (caches / "pixels").iterdir()) > 4 * 6 * 5 * 3
+    assert [round(found[name].days) for name in ("pixels", "shot")] == [3, 5]
+    PixelStore.open(caches / "pixels", IMAGES)
+    assert round({cache.folder.name: cache.days for cache in caches_in([caches])}["pixels"]) == 0
+
+
+def test_an_image_store_is_removed_with_its_lock(caches: Path) -> None:
+    before = sorted(caches.iterdir())
+    image_store(caches / "pixels")
+    image_store(caches / "more")
+    (caches / "more" / "notes.txt").write_text("mine")
+    found = {cache.folder.name: cache for cache in caches_in([caches])}
+    with WeakFileLock(caches / "pixels.lock"), pytest.raises(TransferError, match=r"A run is writing .*pixels"):
+        remove(found["pixels"])
+    assert len(image_store(caches / "pixels")) == 4
+    remove(found["pixels"])
+    remove(found["more"])
+    assert sorted(caches.iterdir()) == sorted([*before, caches / "more"])
+    assert [path.name for path in (caches / "more").iterdir()] == ["notes.txt"]
+    killed(caches / "pixels", after=2)
+    assert len(image_store(caches / "pixels")) == 4  # what a killed run left is written anew
+
+
+def test_the_command_looks_where_runs_put_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    teacher_cache(default_home("teachers") / "a")
+    prefix_cache(default_home("prefixes") / "b")
+    store = stored_by_a_run(tiny_runs.image_backbone(tmp_path / "start", labels=[str(digit) for digit in range(10)]))
+    assert store.parent == default_home("images")
+    cli.main(["cache"])
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()[1:4]] == [store.name, "b", "a"]
+    assert "days ago  18 images, 32 x 32 pixels" in listed
+    cli.main(["cache", "--remove", store.name])
+    assert not any(default_home("images").iterdir())
 
 
 def test_one_that_is_being_written_stays(caches: Path) -> None:
