@@ -20,13 +20,15 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import TransferError
 from ..loading.adapters import CONFIG_FOLDER
 from .staging import staged
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from transformers import PreTrainedModel
 
@@ -62,7 +64,14 @@ _WAYS_OUT = (
 )
 
 
-def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, overwrite: bool = False) -> Path:
+def save(
+    model: Any,
+    folder: str | os.PathLike[str],
+    processor: Any = None,
+    *,
+    overwrite: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Saves a model, whole or not at all.
 
     Args:
@@ -71,6 +80,7 @@ def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, o
         folder: Where to. Files of other names stay.
         processor: Tokenizer, image processor or feature extractor to save beside it.
         overwrite: Whether to replace a model of another architecture, other labels or another kind there.
+        state_dict: A full model's weights, where the model itself holds parts of them only (FSDP).
 
     Returns:
         The folder.
@@ -87,7 +97,7 @@ def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, o
         if isinstance(model, PeftModel):
             _write_adapter(model, staging)
         else:
-            _write_model(model, staging)
+            _write_model(model, staging, state_dict)
         if processor is not None:
             _write_processor(processor, staging)
     return Path(folder)
@@ -177,15 +187,15 @@ def _plain(model: Any) -> Any:
 # ---- full models ----------------------------------------------------------------------------------------------------
 
 
-def _write_model(model: PreTrainedModel, folder: Path) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, state_dict: Mapping[str, torch.Tensor] | None) -> None:
     if model.config.model_type != "timm_wrapper":
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=cast(Any, state_dict))
         return
     from ..loading.timm_models import PREFIX
 
     weights: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, weight in model.state_dict().items():
+    for name, weight in (model.state_dict() if state_dict is None else state_dict).items():
         place = (weight.data_ptr(), weight.shape)
         # Some families hold one layer by several names, and timm wants them all; safetensors refuses shared memory.
         weights[name.removeprefix(PREFIX)] = weight.clone() if place in seen else weight
