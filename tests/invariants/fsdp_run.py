@@ -44,9 +44,9 @@ STEPS = 6
 def arguments(kind: type[TrainingArguments], folder: Path, strategy: str, **options: Any) -> Any:
     """Training arguments; accelerate makes FSDP of several GPUs only, so it is told that these processes have some."""
     given = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2,
+        "output_dir": str(folder), "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1)), "max_steps": STEPS, "learning_rate": 1e-2,
         "max_grad_norm": 0.5, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
-        "save_strategy": "no", **options,
+        "save_strategy": "no", "adam_epsilon": 1e-3, "ddp_find_unused_parameters": True, **options,
     }  # fmt: skip
     if strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": {"version": 2, **options.pop("fsdp_config", {})}}
@@ -73,8 +73,11 @@ def distillation(folder: Path, strategy: str, terms: Callable[[], list], modalit
     torch.manual_seed(3)
     options = {"hard_weight": 0.1, "teacher_cache": "never", "teacher_cache_dir": str(folder / "caches"), **options}
     args = arguments(DistillationConfig, folder, strategy, **options)
+    teacher: Any = tiny_model(modality, width=24)
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(50)  # else it is as undecided as the student
     return DistillationTrainer(
-        backbone(tiny_model(modality), modality), backbone(tiny_model(modality, width=24), modality), terms(), args,
+        backbone(tiny_model(modality), modality), backbone(teacher, modality), terms(), args,
         train_dataset=labelled(modality), eval_dataset=labelled(modality),
     )  # fmt: skip
 
@@ -98,7 +101,7 @@ def language(folder: Path, strategy: str, **options: Any) -> DistillationTrainer
 CASES: dict[str, Callable[[Path, str], Any]] = {
     "stock": stock,
     "logits": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)]),
-    "accumulation": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)], gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "accumulation": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)], gradient_accumulation_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1))),
     "cache": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)], teacher_cache="always"),
     "projector": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), Hint(layers="last")], "image"),
     "layers": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), SimilarityPreserving(layers="uniform"), MiniLMRelation(relation_heads=2)]),
@@ -106,8 +109,10 @@ CASES: dict[str, Callable[[Path, str], Any]] = {
     "hint alone": lambda f, s: distillation(f, s, lambda: [Hint(layers="uniform")], hard_weight=0.0),
     "memory": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), CRD(size=16, negatives=8, width=4)]),
     "weights": adaptation,
-    "weights accumulated": lambda f, s: adaptation(f, s, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "weights accumulated": lambda f, s: adaptation(f, s, gradient_accumulation_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1))),
     "average": lambda f, s: adaptation(f, s, ema_decay=0.8),
+    "layers alone open": lambda f, s: distillation(f, s, lambda: [MiniLMRelation(relation_heads=2)], hard_weight=0.0, **({"fsdp_config": {"version": 2, "reshard_after_forward": False}} if s == "fsdp" else {})),
+    "checkpointing": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), Hint(layers="last")], activation_checkpointing=True),
     "language": language,
     "language chunked": lambda f, s: language(f, s, chunk_tokens=8),
 }
@@ -123,7 +128,7 @@ def main() -> None:
             trainer.train()
         except Exception as e:
             import traceback
-            if os.environ["RANK"] == "0":
+            if os.environ.get("RANK", "0") == "0":
                 print("FAILED", name, type(e), str(e)[:500])
                 traceback.print_exc()
             continue
@@ -133,8 +138,9 @@ def main() -> None:
             "weights": whole(learner.state_dict()),
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
-    torch.save(results, Path(out) / f"{strategy}-{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(results, Path(out) / f"{strategy}-{os.environ.get('RANK', 0)}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
