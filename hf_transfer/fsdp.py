@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import is_adapted
-from .anatomy import plain_model
+from .anatomy import Anatomy, plain_model
 from .shards import is_sharded
 
 
@@ -30,8 +30,7 @@ def why_not(plugin: Any, args: Any, model: nn.Module) -> str | None:
         "version 1: set fsdp_config={'version': 2}": plugin.fsdp_version != 2,
         "an auto_wrap_policy other than TRANSFORMER_BASED_WRAP: leave it out": policy
         is not transformer_auto_wrap_policy,
-        "mixed precision (bf16, fp16), which would round counts and losses: load the model in the dtype it shall have,"
-        " load_backbone(..., dtype='bfloat16')": plugin.mixed_precision_policy is not None,
+        "fp16: set bf16=True": args.fp16,
         "cpu_offload: leave it out": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "cpu_ram_efficient_loading: leave it out": bool(plugin.cpu_ram_efficient_loading),
         "FSDP's own activation_checkpointing: leave it out": bool(plugin.activation_checkpointing),
@@ -53,14 +52,31 @@ def is_prepared(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
-def wrap_in_blocks(plugin: Any, model: nn.Module) -> None:
-    """Tells accelerate what to gather at a time: the model's blocks, and what is left of the model.
+def cut_by_blocks(plugin: Any, model: nn.Module, anatomy: Anatomy | None) -> None:
+    """Tells accelerate what of a Learner's model to gather at a time: its blocks, and what is left of it.
 
     accelerate asks the module that it cuts for its blocks, and a Learner has none. The model is a unit of its own, so
-    that it also runs without the Learner, as it does to predict rows without labels.
+    that it also runs without the Learner, as it does to predict rows without labels. What is computed in bfloat16 is
+    left to autocast, as under DDP: FSDP's own way would round a Learner's counts and losses too.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin, changed in place.
+        model: The Learner's model, not yet cut.
+        anatomy: Its map.
     """
-    blocks = plugin.transformer_cls_names_to_wrap or getattr(plain_model(model), "_no_split_modules", None) or ()
+    blocks = plugin.transformer_cls_names_to_wrap or _blocks(model, anatomy)
     plugin.transformer_cls_names_to_wrap = [*blocks, type(model).__name__]
+    plugin.mixed_precision_policy = None
+
+
+def _blocks(model: nn.Module, anatomy: Anatomy | None) -> list[str]:
+    """Classes of the blocks: those that transformers would not split, or those of the map."""
+    plain: Any = plain_model(model)
+    kinds = {type(module).__name__ for module in plain.modules() if module is not plain}
+    blocks = kinds.intersection(getattr(plain, "_no_split_modules", None) or ())
+    if not blocks and anatomy is not None:
+        blocks = {type(plain.get_submodule(block.name)).__name__ for block in anatomy.blocks}
+    return sorted(blocks)
 
 
 def keep_gathered(model: Any) -> None:

@@ -216,7 +216,7 @@ class TransferTrainer(Trainer):
         if self.learner is None or not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args)
         if not fsdp.is_prepared(self.learner):
-            fsdp.wrap_in_blocks(self.accelerator.state.fsdp_plugin, self.learner.model)
+            fsdp.cut_by_blocks(self.accelerator.state.fsdp_plugin, self.learner.model, self.learner.anatomy)
         prepared = super()._prepare_for_training(*args)
         fsdp.keep_gathered(self.learner.model)
         return prepared
@@ -394,6 +394,12 @@ class TransferTrainer(Trainer):
             self.accelerator.backward(loss)
         return loss.detach()
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """As the Trainer's; with terms under FSDP accelerate's autocast, which for DDP is around the model's forward."""
+        if self.learner is not None and self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def stop_if_not_finite(self) -> None:
         """Before the optimizer uses the gradients of the losses since its last step.
 
@@ -498,6 +504,11 @@ class TransferTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
+        if self.learner is not None and self.is_fsdp_enabled and not fsdp.is_prepared(self.learner):
+            raise TransferError(
+                "Under FSDP a model is cut when training begins: evaluate it after train(), or in one process or "
+                "under DDP before."
+            )
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
         self.predictions_kept = description != "Evaluation" or not self.args.batch_eval_metrics
         if self.accelerator.distributed_type == DistributedType.NO and not self.args.eval_use_gather_object:
