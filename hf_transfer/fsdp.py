@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import is_adapted
 from .anatomy import Anatomy, plain_model
 from .shards import is_sharded
 
@@ -38,7 +37,6 @@ def why_not(plugin: Any, args: Any, model: nn.Module) -> str | None:
         "auto_find_batch_size: leave it out": args.auto_find_batch_size,
         "a parallelism_config: leave it out": getattr(args, "parallelism_config", None) is not None,
         "channels_last: leave it out": getattr(args, "channels_last", False),
-        "adapters: train the whole model, or merge them first": is_adapted(model),
         "batch normalisation, whose statistics would differ from process to process": any(
             getattr(module, "running_mean", None) is not None for module in model.modules()
         ),

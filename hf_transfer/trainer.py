@@ -36,6 +36,7 @@ from transformers import (  # noqa: E402
     Trainer,
     TrainerCallback,
 )
+from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
@@ -43,7 +44,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensor
 from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
 from . import fsdp  # noqa: E402
-from .adapters import is_adapted  # noqa: E402
 from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
 from .errors import TransferError  # noqa: E402
@@ -708,7 +708,7 @@ class TransferTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        gathered = state_dict is not None and self.is_fsdp_enabled and not is_adapted(self.model)
+        gathered = self.is_fsdp_enabled and state_dict is not None
         if (state_dict is not None and not gathered) or not isinstance(plain_model(self.model), PreTrainedModel):
             if state_dict is None and self._option("channels_last"):
                 state_dict = contiguous(self.model.state_dict())
@@ -739,7 +739,7 @@ class TransferTrainer(Trainer):
     def _save_sharded(self, output_dir: str) -> None:
         """As the Trainer's: weights by the model's names, not the learner's; the optimizer holds the terms' too."""
         plugin: Any = self.accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir)
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.learner, output_dir)
         if self.args.should_save:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)

@@ -80,7 +80,7 @@ def save(
         folder: Where to. Files of other names stay.
         processor: Tokenizer, image processor or feature extractor to save beside it.
         overwrite: Whether to replace a model of another architecture, other labels or another kind there.
-        state_dict: A full model's weights, where the model itself holds parts of them only (FSDP).
+        state_dict: The model's weights, where it holds parts of them only (FSDP).
 
     Returns:
         The folder.
@@ -95,7 +95,7 @@ def save(
         check_output_folder(folder, model)
     with staged(folder, _MODEL_FILES) as staging:
         if isinstance(model, PeftModel):
-            _write_adapter(model, staging)
+            _write_adapter(model, staging, model.state_dict() if state_dict is None else state_dict)
         else:
             _write_model(model, staging, state_dict)
         if processor is not None:
@@ -229,28 +229,29 @@ def _repair_timm_config(model: Any) -> None:
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-def _write_adapter(model: Any, folder: Path) -> None:
+def _write_adapter(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import load_file, save_file
 
     name = model.active_adapter
     text = getattr(model.config, "vocab_size", None) is not None
     # "auto" asks the Hub whether the vocabulary has grown since; without a vocabulary there is nothing to ask
-    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers="auto" if text else False)
+    model.save_pretrained(
+        folder, selected_adapters=[name], save_embedding_layers="auto" if text else False, state_dict=state
+    )
     (folder / "README.md").unlink(missing_ok=True)  # peft's card names the base by its local path; ours is of its own
     if name != "default":
         for path in list((folder / name).iterdir()):
             path.replace(folder / path.name)
         (folder / name).rmdir()
     weights = load_file(folder / "adapter_model.safetensors")
-    extra = {key: value for key, value in _beyond_adapter(model, name).items() if key not in weights}
+    extra = {key: value for key, value in _beyond_adapter(model, name, state).items() if key not in weights}
     save_file({**weights, **extra}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _name_base(folder / "adapter_config.json", model)
     _write_config(model.get_base_model(), folder / CONFIG_FOLDER)
 
 
-def _beyond_adapter(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+def _beyond_adapter(model: Any, adapter: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the adapter's base does not give and peft does not save, by the names that peft and transformers load."""
-    state = model.state_dict()
     fresh = set(getattr(model.get_base_model(), "fresh_parameters", ()))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import Objective, Schedule, Step, wide
-from ..shards import cut_like, is_sharded, over_parts
+from ..shards import cut_like, is_sharded, over_parts, whole
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -192,11 +192,11 @@ def _squared_delta(layer: Any) -> Tensor:
         return torch.zeros(())
     kind = type(layer)
     if issubclass(kind, lora.Embedding):
-        b = [layer.lora_embedding_B[name] for name in active]  # each (m, r)
-        a = [layer.lora_embedding_A[name] for name in active]  # each (r, n)
+        b = [whole(layer.lora_embedding_B[name]) for name in active]  # each (m, r)
+        a = [whole(layer.lora_embedding_A[name]) for name in active]  # each (r, n)
     elif issubclass(kind, (lora.Linear, lora.Conv2d, lora.Conv3d)):
-        b = [layer.lora_B[name].weight.flatten(1) for name in active]
-        a = [layer.lora_A[name].weight.flatten(1) for name in active]
+        b = [whole(layer.lora_B[name].weight).flatten(1) for name in active]
+        a = [whole(layer.lora_A[name].weight).flatten(1) for name in active]
     else:  # rarer layers (experts, AdaLoRA, quantised ones) have a structure that only PEFT knows
         return squared_distance([torch.stack([layer.get_delta_weight(name) for name in active]).sum(dim=0)])
     b = [factor * layer.scaling[name] for factor, name in zip(b, active, strict=True)]
