@@ -1,16 +1,19 @@
-"""FSDP2 around a Learner: under which options training with terms is known to be that of DDP, and how it is cut.
+"""FSDP2 around a Learner: what is known to train under it as under DDP, and how the Learner is cut.
 
 tests/invariants/test_fsdp.py has the proof, on two processes without a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .anatomy import Anatomy, plain_model
 from .shards import is_sharded
+
+if TYPE_CHECKING:
+    from .objective import Learner
 
 
 def why_not(plugin: Any, args: Any, model: nn.Module) -> str | None:
@@ -25,50 +28,52 @@ def why_not(plugin: Any, args: Any, model: nn.Module) -> str | None:
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
-    obstacles = {
+    by_class = policy is transformer_auto_wrap_policy
+    unknown = {
         "version 1: set fsdp_config={'version': 2}": plugin.fsdp_version != 2,
-        "an auto_wrap_policy other than TRANSFORMER_BASED_WRAP: leave it out": policy
-        is not transformer_auto_wrap_policy,
-        "fp16: set bf16=True": args.fp16,
-        "cpu_offload: leave it out": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "cpu_ram_efficient_loading: leave it out": bool(plugin.cpu_ram_efficient_loading),
-        "FSDP's own activation_checkpointing: leave it out": bool(plugin.activation_checkpointing),
-        "torch_compile: leave it out": args.torch_compile,
-        "auto_find_batch_size: leave it out": args.auto_find_batch_size,
+        "another auto_wrap_policy than TRANSFORMER_BASED_WRAP: choose that": not by_class,
+        "cpu_offload: turn it off": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "cpu_ram_efficient_loading: turn it off": plugin.cpu_ram_efficient_loading,
+        "the activation_checkpointing of fsdp_config: set that of the training arguments": (
+            plugin.activation_checkpointing
+        ),
+        "fp16: set bf16": args.fp16,
+        "torch_compile: turn it off": args.torch_compile,
+        "auto_find_batch_size: turn it off": args.auto_find_batch_size,
         "a parallelism_config: leave it out": getattr(args, "parallelism_config", None) is not None,
-        "channels_last: leave it out": getattr(args, "channels_last", False),
-        "batch normalisation, whose statistics would differ from process to process": any(
+        "channels_last: turn it off": getattr(args, "channels_last", False),
+        "batch normalisation, whose statistics would drift apart: choose a network with another norm": any(
             getattr(module, "running_mean", None) is not None for module in model.modules()
         ),
-        "a model that is sharded already: save it, and load it anew": is_prepared(model),
+        "a model that an earlier trainer has cut: save it, and load it anew": is_cut(model),
     }
-    return next((what for what, present in obstacles.items() if present), None)
+    return next((what for what, present in unknown.items() if present), None)
 
 
-def is_prepared(model: nn.Module) -> bool:
-    """Whether a training has cut it before."""
+def is_cut(model: nn.Module) -> bool:
+    """Whether processes hold parts of its parameters."""
     return any(is_sharded(p) for p in model.parameters())
 
 
-def cut_by_blocks(plugin: Any, model: nn.Module, anatomy: Anatomy | None) -> None:
-    """Tells accelerate what of a Learner's model to gather at a time: its blocks, and what is left of it.
+def plan_cut(plugin: Any, learner: Learner) -> None:
+    """Tells accelerate what of a Learner to gather at a time: the blocks of its model, and what is left of the model.
 
     accelerate asks the module that it cuts for its blocks, and a Learner has none. The model is a unit of its own, so
-    that it also runs without the Learner, as it does to predict rows without labels. What is computed in bfloat16 is
-    left to autocast, as under DDP: FSDP's own way would round a Learner's counts and losses too.
+    that it also runs without the Learner, as it does to predict rows without labels. Computing in bfloat16 is left to
+    autocast, as under DDP: FSDP's own way would round a Learner's counts and losses too.
 
     Args:
         plugin: accelerate's FullyShardedDataParallelPlugin, changed in place.
-        model: The Learner's model, not yet cut.
-        anatomy: Its map.
+        learner: What will be cut, unless a training has done so before.
     """
-    blocks = plugin.transformer_cls_names_to_wrap or _blocks(model, anatomy)
-    plugin.transformer_cls_names_to_wrap = [*blocks, type(model).__name__]
+    if not is_cut(learner):
+        blocks = plugin.transformer_cls_names_to_wrap or _blocks(learner.model, learner.anatomy)
+        plugin.transformer_cls_names_to_wrap = [*blocks, type(learner.model).__name__]
     plugin.mixed_precision_policy = None
 
 
 def _blocks(model: nn.Module, anatomy: Anatomy | None) -> list[str]:
-    """Classes of the blocks: those that transformers would not split, or those of the map."""
+    """Classes of the blocks: those that transformers would not split, else those of the map."""
     plain: Any = plain_model(model)
     kinds = {type(module).__name__ for module in plain.modules() if module is not plain}
     blocks = kinds.intersection(getattr(plain, "_no_split_modules", None) or ())
@@ -77,11 +82,12 @@ def _blocks(model: nn.Module, anatomy: Anatomy | None) -> list[str]:
     return sorted(blocks)
 
 
-def keep_gathered(model: Any) -> None:
-    """From its forward to its backward pass, what lies outside the blocks stays gathered: terms may run the head.
+def keep_gathered(learner: Learner) -> None:
+    """What lies outside the blocks stays gathered from the forward to the backward pass: terms may run the head.
 
     So does FSDP itself with what lies outside the blocks of the module that it cuts.
     """
+    model: Any = learner.model
     model.set_reshard_after_forward(False, recurse=False)
 
 

@@ -7,7 +7,7 @@ hold tensors of their own, which must follow. Every other tensor passes through 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -24,29 +24,37 @@ def own_part(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(value: Any) -> Any:
-    """All of a tensor, or of those in a mapping, gathered from every process: each must call it."""
+def whole(tensor: Any) -> Tensor:
+    """All of it, with its gradient; each process must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict, its sharded tensors whole and on the CPU, nested ones' too; each process must call this."""
+    return {name: _gathered(value) for name, value in state.items()}
+
+
+def _gathered(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: whole(each) for name, each in value.items()}
-    return value.full_tensor() if is_sharded(value) else value
+        return gathered(value)
+    return whole(value).cpu() if is_sharded(value) else value
 
 
-def cut_like(tensor: Any, other: Any) -> Any:
+def cut_like(value: Any, other: Any) -> Any:
     """A tensor that is whole on every process, on another's device and cut as that is; one that is cut stays so.
 
     What is no tensor, as a term's extra state, stays as it is.
     """
     if not isinstance(other, Tensor):
-        return tensor
-    tensor = tensor.to(other.device)
+        return value
+    tensor = value.to(other.device)
     if not is_sharded(other) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    everywhere = [Replicate()] * other.device_mesh.ndim
-    return DTensor.from_local(tensor, other.device_mesh, everywhere, run_check=False).redistribute(
-        placements=other.placements
-    )
+    mesh = cast(Any, other).device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=cast(Any, other).placements)
 
 
 def over_parts(function: Callable[..., Tensor], *weights: Sequence[Any]) -> Tensor:

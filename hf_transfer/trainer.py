@@ -60,7 +60,7 @@ from .objective import (  # noqa: E402
 from .pending_losses import PendingLosses  # noqa: E402
 from .plans import plan  # noqa: E402
 from .schedulers import DECAYS, decay_schedule  # noqa: E402
-from .shards import cut_like, whole  # noqa: E402
+from .shards import cut_like, gathered  # noqa: E402
 from .stepping import PreparedOptimizer, SparingCallbackHandler  # noqa: E402
 from .transfer_config import TransferConfig  # noqa: E402
 from .traversals import Traversals  # noqa: E402
@@ -155,11 +155,11 @@ class TransferTrainer(Trainer):
             raise TransferError("Pass objectives or compute_loss_func, not both: make the function an Objective.")
         if self.is_deepspeed_enabled:
             raise TransferError(
-                "objectives are not supported under DeepSpeed: launch with FSDP2 or DDP (accelerate launch, torchrun), "
+                "objectives are not supported under DeepSpeed: launch with FSDP or DDP (accelerate launch, torchrun), "
                 "or train without terms."
             )
         if self.is_fsdp_enabled and (obstacle := self.why_no_fsdp()) is not None:
-            raise TransferError(f"Under FSDP, objectives do not go with {obstacle}. Or launch with DDP.")
+            raise TransferError(f"Under FSDP objectives do not go with {obstacle}; or launch with DDP.")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: only the first is used. Start with `accelerate launch`.")
             self.args._n_gpu = 1
@@ -215,10 +215,9 @@ class TransferTrainer(Trainer):
                 self.optimizer = PreparedOptimizer(optimizer, accelerator.device_placement, accelerator.scaler)
         if self.learner is None or not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args)
-        if not fsdp.is_prepared(self.learner):
-            fsdp.cut_by_blocks(self.accelerator.state.fsdp_plugin, self.learner.model, self.learner.anatomy)
+        fsdp.plan_cut(self.accelerator.state.fsdp_plugin, self.learner)
         prepared = super()._prepare_for_training(*args)
-        fsdp.keep_gathered(self.learner.model)
+        fsdp.keep_gathered(self.learner)
         return prepared
 
     def _why_stock_step(self) -> str | None:
@@ -395,7 +394,7 @@ class TransferTrainer(Trainer):
         return loss.detach()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """As the Trainer's; with terms under FSDP accelerate's autocast, which for DDP is around the model's forward."""
+        """As the Trainer's; with terms under FSDP accelerate's autocast, which else is around the model's forward."""
         if self.learner is not None and self.is_fsdp_enabled:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
@@ -504,7 +503,7 @@ class TransferTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
-        if self.learner is not None and self.is_fsdp_enabled and not fsdp.is_prepared(self.learner):
+        if self.learner is not None and self.is_fsdp_enabled and not fsdp.is_cut(self.learner):
             raise TransferError(
                 "Under FSDP a model is cut when training begins: evaluate it after train(), or in one process or "
                 "under DDP before."
@@ -708,8 +707,8 @@ class TransferTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        gathered = self.is_fsdp_enabled and state_dict is not None
-        if (state_dict is not None and not gathered) or not isinstance(plain_model(self.model), PreTrainedModel):
+        ours = state_dict is None or self.is_fsdp_enabled
+        if not ours or not isinstance(plain_model(self.model), PreTrainedModel):
             if state_dict is None and self._option("channels_last"):
                 state_dict = contiguous(self.model.state_dict())
             return super()._save(output_dir, state_dict)
@@ -750,10 +749,10 @@ class TransferTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _own_state(self) -> dict[str, Any]:
-        """Whole on every process: under FSDP all of them gather it."""
+        """What the Trainer's checkpoint lacks; every process calls this, as under FSDP all gather it."""
         state: dict[str, Any] = {}
         if self.learner is not None:
-            state["objectives"] = whole(self.learner.objectives.state_dict())
+            state["objectives"] = gathered(self.learner.objectives.state_dict())
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         if plain_model(self.model) is not self.model:  # an adapter folder leaves out what moved in the base

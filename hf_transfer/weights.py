@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
-from .shards import cut_like, is_sharded, own_part, whole
+from .shards import cut_like, gathered, is_sharded, own_part
 
 
 def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class ExponentialAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by parameter and buffer name; of a model that FSDP shards, gathered: each process calls it."""
-        return whole(self._average)
+        return gathered(self._average)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over an average.

@@ -37,6 +37,7 @@ from ..objectives._layers import FeatureTerm
 from ..store.decision import Costs, epochs_of
 from ..store.folders import cache_folder
 from ..trainer import TransferTrainer
+from .adapter_off import AdapterOffTeacher
 from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
@@ -129,6 +130,11 @@ class DistillationTrainer(TransferTrainer):
             self._teacher, self.student, dtype=_dtype(self.args.teacher_dtype), compile=self.args.teacher_compile,
             quantize=self.args.teacher_quantize,
         ).to(self.args.device)  # fmt: skip
+        if self.is_fsdp_enabled and isinstance(self.teacher, AdapterOffTeacher):
+            raise TransferError(
+                "Under FSDP the base of a LoRA student cannot be its teacher: each process holds a part of it only. "
+                "Give a network of its own, a copy of the base too, or a cache; or launch with DDP."
+            )
         self.training_teacher = self.teacher
         if self.args.channels_last and isinstance(self.teacher, NetworkTeacher):
             to_channels_last(self.teacher.backbone.model)

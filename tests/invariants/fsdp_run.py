@@ -1,6 +1,7 @@
 """Trains tiny models on two processes, under DDP or FSDP2, and writes what came of it. Run by test_fsdp.py.
 
 torchrun --nproc_per_node 2 tests/invariants/fsdp_run.py FOLDER fsdp
+torchrun --nproc_per_node 2 tests/invariants/fsdp_run.py FOLDER fsdp projector weights
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ make_torchvision_importable()
 
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from distillation.language_rows import language_backbone, language_rows, padded  # noqa: E402
+from invariants.test_resume import StopAt  # noqa: E402
+from invariants.training_step import CLASSES, ROWS, backbone, rows, tiny_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from distillation.language_rows import language_backbone, language_rows, padded  # noqa: E402
-from hf_transfer import Backbone, DistillationConfig, DistillationTrainer, TransferConfig, TransferTrainer  # noqa: E402
+from hf_transfer import DistillationConfig, DistillationTrainer, LoRA, TransferConfig, TransferTrainer  # noqa: E402
 from hf_transfer.objectives import (  # noqa: E402
     CRD,
     DANN,
@@ -34,22 +37,23 @@ from hf_transfer.objectives import (  # noqa: E402
     SimilarityPreserving,
     SoftTargets,
 )
-from hf_transfer.shards import is_sharded, whole  # noqa: E402
-from invariants.test_resume import StopAt  # noqa: E402
-from invariants.training_step import backbone, rows, tiny_model  # noqa: E402
+from hf_transfer.shards import gathered, is_sharded  # noqa: E402
 
-STEPS = 6
+STEPS, STOP_AT = 6, 4
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+MEANWHILE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // WORLD}
+OPEN = {"reshard_after_forward": False}
 
 
-def arguments(kind: type[TrainingArguments], folder: Path, strategy: str, **options: Any) -> Any:
-    """Training arguments; accelerate makes FSDP of several GPUs only, so it is told that these processes have some."""
+def arguments(kind: type[TrainingArguments], folder: Path, strategy: str, fsdp: Any = None, **options: Any) -> Any:
+    """Training arguments. accelerate makes FSDP of several GPUs only: it is told that these processes have some."""
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, **(fsdp or {})}} if strategy == "fsdp" else {}
     given = {
-        "output_dir": str(folder), "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1)), "max_steps": STEPS, "learning_rate": 1e-2,
+        "output_dir": str(folder), "per_device_train_batch_size": 8 // WORLD, "max_steps": STEPS,
+        "learning_rate": 1e-2, "adam_epsilon": 1e-3,  # else Adam makes steps of gradients that are rounding alone
         "max_grad_norm": 0.5, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
-        "save_strategy": "no", "adam_epsilon": 1e-3, "ddp_find_unused_parameters": True, **options,
+        "save_strategy": "no", **sharding, **options,
     }  # fmt: skip
-    if strategy == "fsdp":
-        given |= {"fsdp": True, "fsdp_config": {"version": 2, **options.pop("fsdp_config", {})}}
     args = kind(**given)
     if strategy == "fsdp":
         assert args.device.type == "cpu"
@@ -57,90 +61,206 @@ def arguments(kind: type[TrainingArguments], folder: Path, strategy: str, **opti
     return args
 
 
+def labelled(modality: str) -> Any:
+    data = rows(modality).remove_columns(["labels", "domain"])
+    return data.add_column("labels", [i % CLASSES for i in range(ROWS)])
+
+
 def stock(folder: Path, strategy: str) -> Trainer:
-    """The stock Trainer: shows that the two strategies can be compared at all."""
-    blocks = {"fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}} if strategy == "fsdp" else {}
-    args = arguments(TrainingArguments, folder, strategy, **blocks)
-    data = rows("text").remove_columns(["labels", "domain", "example_id"]).add_column("labels", [i % 3 for i in range(16)])
+    """The stock Trainer: shows that FSDP runs here at all, and what it is compared with."""
+    args = arguments(TrainingArguments, folder, strategy, fsdp={"transformer_layer_cls_to_wrap": ["BertLayer"]})
+    data = labelled("text").remove_columns(["example_id"])
     return Trainer(model=tiny_model("text"), args=args, train_dataset=data)
 
 
-def labelled(modality: str) -> Any:
-    return rows(modality).remove_columns(["labels", "domain"]).add_column("labels", [i % 3 for i in range(16)])
-
-
-def distillation(folder: Path, strategy: str, terms: Callable[[], list], modality: str = "text", **options: Any) -> Any:
-    torch.manual_seed(3)
-    options = {"hard_weight": 0.1, "teacher_cache": "never", "teacher_cache_dir": str(folder / "caches"), **options}
-    args = arguments(DistillationConfig, folder, strategy, **options)
+def distillation(folder: Path, strategy: str, terms: list, modality: str = "text", **options: Any) -> Any:
+    """A student and a wider teacher, which is decided where a new one is not."""
+    caches = {"teacher_cache": "never", "teacher_cache_dir": str(folder / "caches")}
+    args = arguments(DistillationConfig, folder, strategy, **{"hard_weight": 0.1, **caches, **options})
     teacher: Any = tiny_model(modality, width=24)
     with torch.no_grad():
-        teacher.classifier.weight.mul_(50)  # else it is as undecided as the student
+        teacher.classifier.weight.mul_(50)
     return DistillationTrainer(
-        backbone(tiny_model(modality), modality), backbone(teacher, modality), terms(), args,
+        backbone(tiny_model(modality), modality), backbone(teacher, modality), terms, args,
         train_dataset=labelled(modality), eval_dataset=labelled(modality),
     )  # fmt: skip
 
 
 def adaptation(folder: Path, strategy: str, **options: Any) -> TransferTrainer:
+    """Terms that read the features, own a discriminator, remember the starting weights, and read the weights."""
+    return TransferTrainer(
+        model=tiny_model("text"), args=arguments(TransferConfig, folder, strategy, **options),
+        objectives=[CrossEntropy(), DANN(weight=0.5), L2SP(weight=0.1), L1(weight=1e-3)], train_dataset=rows("text"),
+    )  # fmt: skip
+
+
+def adapted(folder: Path, strategy: str, **options: Any) -> TransferTrainer:
+    base: Any = tiny_model("text")
+    base.save_pretrained(folder.parent / "base")
+    base.name_or_path = base.config._name_or_path = str(folder.parent / "base")
     torch.manual_seed(3)
     return TransferTrainer(
-        model=tiny_model("text"), args=arguments(TransferConfig, folder, strategy, **options), train_dataset=rows("text"),
-        objectives=[CrossEntropy(), DANN(weight=0.5), L2SP(weight=0.1), L1(weight=1e-3)],
+        model=LoRA(r=4).apply(base), args=arguments(TransferConfig, folder, strategy, **options),
+        objectives=[CrossEntropy(), L2SP(weight=0.1)], train_dataset=labelled("text"), eval_dataset=labelled("text"),
     )  # fmt: skip
 
 
 def language(folder: Path, strategy: str, **options: Any) -> DistillationTrainer:
     args = arguments(DistillationConfig, folder, strategy, hard_weight=0.5, **options)
+    student = language_backbone(0)
+    student.model.config.tie_word_embeddings = True
+    student.model.tie_weights()
     return DistillationTrainer(
-        language_backbone(0), language_backbone(1), [SoftTargets(2.0, shift=True)], args,
+        student, language_backbone(1), [SoftTargets(2.0, shift=True)], args,
         train_dataset=language_rows(), eval_dataset=language_rows(), data_collator=padded,
     )  # fmt: skip
 
 
 CASES: dict[str, Callable[[Path, str], Any]] = {
     "stock": stock,
-    "logits": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)]),
-    "accumulation": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)], gradient_accumulation_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1))),
-    "cache": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0)], teacher_cache="always"),
-    "projector": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), Hint(layers="last")], "image"),
-    "layers": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), SimilarityPreserving(layers="uniform"), MiniLMRelation(relation_heads=2)]),
-    "layers alone": lambda f, s: distillation(f, s, lambda: [MiniLMRelation(relation_heads=2)], hard_weight=0.0),
-    "hint alone": lambda f, s: distillation(f, s, lambda: [Hint(layers="uniform")], hard_weight=0.0),
-    "memory": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), CRD(size=16, negatives=8, width=4)]),
+    "logits": lambda folder, how: distillation(folder, how, [SoftTargets(2.0)]),
+    "logits, accumulated": lambda folder, how: distillation(folder, how, [SoftTargets(2.0)], **MEANWHILE),
+    "cache": lambda folder, how: distillation(folder, how, [SoftTargets(2.0)], teacher_cache="always"),
+    "projector": lambda folder, how: distillation(folder, how, [SoftTargets(2.0), Hint("last")], "image"),
+    "layers": lambda folder, how: distillation(
+        folder, how, [SoftTargets(2.0), SimilarityPreserving("uniform"), MiniLMRelation(relation_heads=2)]
+    ),
+    "memory": lambda folder, how: distillation(folder, how, [SoftTargets(2.0), CRD(size=ROWS, negatives=8, width=4)]),
     "weights": adaptation,
-    "weights accumulated": lambda f, s: adaptation(f, s, gradient_accumulation_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1))),
-    "average": lambda f, s: adaptation(f, s, ema_decay=0.8),
-    "layers alone open": lambda f, s: distillation(f, s, lambda: [MiniLMRelation(relation_heads=2)], hard_weight=0.0, **({"fsdp_config": {"version": 2, "reshard_after_forward": False}} if s == "fsdp" else {})),
-    "checkpointing": lambda f, s: distillation(f, s, lambda: [SoftTargets(2.0), Hint(layers="last")], activation_checkpointing=True),
+    "weights, accumulated": lambda folder, how: adaptation(folder, how, **MEANWHILE),
+    "weights, never resharded": lambda folder, how: adaptation(folder, how, fsdp=OPEN),
+    "rates by depth": lambda folder, how: adaptation(folder, how, layer_decay=0.5, head_learning_rate=2e-2),
+    "checkpointing": lambda folder, how: distillation(
+        folder, how, [SoftTargets(2.0), Hint("last")], activation_checkpointing=True
+    ),
+    "bfloat16": lambda folder, how: distillation(folder, how, [SoftTargets(2.0), Hint("last")], bf16=True),
+    "adapters": adapted,
     "language": language,
-    "language chunked": lambda f, s: language(f, s, chunk_tokens=8),
+    "language in chunks": lambda folder, how: language(folder, how, chunk_tokens=8),
 }
+ALONE: dict[str, Callable[[Path, str], Any]] = {  # what DDP does not run: the model's output is not in the loss
+    "hint": lambda folder, how: distillation(folder, how, [Hint("uniform")], hard_weight=0.0),
+    "relations": lambda folder, how: distillation(
+        folder, how, [MiniLMRelation(relation_heads=2)], hard_weight=0.0, fsdp=OPEN
+    ),
+}
+
+
+def trained(trainer: Any, strategy: str = "") -> dict[str, Any]:
+    """The weights and the log after a run."""
+    trainer.train()
+    learner = getattr(trainer, "learner", None) or trainer.model
+    assert any(map(is_sharded, learner.parameters())) == (strategy == "fsdp")
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"weights": copied(gathered(learner.state_dict())), "log": log}
+
+
+def copied(state: Any) -> Any:
+    return {name: value.clone() if torch.is_tensor(value) else copied(value) for name, value in state.items()}
+
+
+def long_run(folder: Path, strategy: str, fsdp: Any, stop_at: int | None = None, resume: bool = False) -> Any:
+    terms = [SoftTargets(2.0), Hint("last"), CRD(size=ROWS, negatives=8, width=4), L2SP(weight=0.1)]
+    trainer = distillation(
+        folder, strategy, terms, fsdp=fsdp, ema_decay=0.8, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=stop_at is None, metric_for_best_model="eval_kl",
+    )  # fmt: skip
+    if stop_at is not None:
+        trainer.add_callback(StopAt(stop_at))
+    torch.manual_seed(100 + resume)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def life(folder: Path, strategy: str, fsdp: Any = None) -> dict[str, Any]:
+    """Averaged, evaluated, saved, interrupted, resumed, its best checkpoint loaded, and trained once more."""
+    whole = long_run(folder / "whole", strategy, fsdp)
+    long_run(folder / "cut", strategy, fsdp, stop_at=STOP_AT)
+    resumed = long_run(folder / "cut", strategy, fsdp, resume=True)
+    kept = ("eval_loss", "eval_kl", "eval_agreement", "eval_student_accuracy")
+    result = {
+        "whole": copied(gathered(whole.learner.state_dict())),
+        "resumed": copied(gathered(resumed.learner.state_dict())),
+        "evaluations": [[e[name] for name in kept] for e in whole.state.log_history if "eval_kl" in e],
+        "best": Path(whole.state.best_model_checkpoint).name,
+        "unlabelled": torch.from_numpy(whole.predict(whole.eval_dataset.remove_columns("labels")).predictions),
+        "labelled": whole.student_logits(whole.eval_dataset)[0],
+        "model is the user's": whole.model is whole.student.model,
+    }
+    whole.save_model(str(folder / "saved"))
+    whole.args.max_steps = 2
+    result["again"] = trained(whole, strategy)["weights"]
+    return result
+
+
+def adapter_life(folder: Path, strategy: str) -> dict[str, Any]:
+    """Adapters, interrupted, resumed and saved."""
+    results = []
+    for name, stop, resume in (("whole", None, False), ("cut", STOP_AT, False), ("cut", None, True)):
+        trainer = adapted(folder / name, strategy, save_strategy="steps", save_steps=STOP_AT)
+        if stop is not None:
+            trainer.add_callback(StopAt(stop))
+        torch.manual_seed(100 + resume)
+        trainer.train(resume_from_checkpoint=resume)
+        results.append(copied(gathered(trainer.learner.state_dict())))
+    trainer.save_model(str(folder / "saved"))
+    return {"whole": results[0], "resumed": results[2]}
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What is raised where a run is not known to work, on every process alike."""
+
+    def message(run: Callable[[], Any]) -> str:
+        try:
+            run()
+        except Exception as error:  # whichever
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    def base_as_teacher() -> None:
+        student = backbone(LoRA(r=4).apply(tiny_model("text")), "text")
+        args = arguments(DistillationConfig, folder, "fsdp")
+        DistillationTrainer(student, student, [SoftTargets(2.0)], args, train_dataset=labelled("text"))
+
+    done = adaptation(folder, "fsdp")
+    done.train()
+    return {
+        "evaluation first": message(lambda: distillation(folder, "fsdp", [SoftTargets(2.0)]).evaluate()),
+        "base as teacher": message(base_as_teacher),
+        "version 1": message(lambda: adaptation(folder, "fsdp", fsdp={"version": 1})),
+        "cut already": message(
+            lambda: TransferTrainer(
+                done.model, arguments(TransferConfig, folder, "fsdp"), objectives=[CrossEntropy()]
+            )
+        ),
+    }  # fmt: skip
+
+
+def run(name: str, make: Callable[[Path, str], Any], out: Path, strategy: str) -> dict[str, Any]:
+    torch.manual_seed(3)
+    return trained(make(out / strategy / name.replace(" ", "-"), strategy), strategy)
+
+
+def lives(out: Path, strategy: str) -> dict[str, Any]:
+    results = {}
+    results["life"] = life(out / strategy / "life", strategy)
+    results["adapter life"] = adapter_life(out / strategy / "adapters", strategy)
+    if strategy == "fsdp":
+        parts = {"state_dict_type": "SHARDED_STATE_DICT"}
+        results["life in parts"] = life(out / strategy / "life-in-parts", strategy, parts)
+        results["refusals"] = refusals(out / strategy / "refused")
+    return results
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    out, strategy, *names = sys.argv[1:]
-    results = {}
-    for name in names or CASES:
-        trainer = CASES[name](Path(out) / strategy / name.replace(" ", "-"), strategy)
-        try:
-            trainer.train()
-        except Exception as e:
-            import traceback
-            if os.environ.get("RANK", "0") == "0":
-                print("FAILED", name, type(e), str(e)[:500])
-                traceback.print_exc()
-            continue
-        learner = getattr(trainer, "learner", None) or trainer.model
-        assert any(map(is_sharded, learner.parameters())) == (strategy == "fsdp")
-        results[name] = {
-            "weights": whole(learner.state_dict()),
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        }
-    torch.save(results, Path(out) / f"{strategy}-{os.environ.get('RANK', 0)}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    folder, strategy, *names = sys.argv[1:]
+    cases = {**CASES, **ALONE} if strategy == "fsdp" else CASES
+    results: dict[str, Any] = {name: run(name, cases[name], Path(folder), strategy) for name in names or cases}
+    if not names:
+        results |= lives(Path(folder), strategy)
+    torch.save(results, Path(folder) / f"{strategy}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
