@@ -693,6 +693,12 @@ class TransferTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         existed = folder.exists()
+        if self.is_fsdp_enabled:
+            # With SHARDED_STATE_DICT the Trainer asks whether the best checkpoint's folder exists before anything is
+            # in it, and processes may disagree: one would wait for ever for the others to load it. Delete this when
+            # it makes the folder first (transformers 5.24, trainer.py, _save_checkpoint).
+            self.accelerator.wait_for_everyone()  # all have looked whether it existed
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:

@@ -160,10 +160,11 @@ def copied(state: Any) -> Any:
 
 
 def long_run(folder: Path, strategy: str, fsdp: Any, stop_at: int | None = None, resume: bool = False) -> Any:
+    torch.manual_seed(3)
     terms = [SoftTargets(2.0), Hint("last"), CRD(size=ROWS, negatives=8, width=4), L2SP(weight=0.1)]
     trainer = distillation(
         folder, strategy, terms, fsdp=fsdp, ema_decay=0.8, save_strategy="steps", save_steps=2, eval_strategy="steps",
-        eval_steps=2, load_best_model_at_end=stop_at is None, metric_for_best_model="eval_kl",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_kl", greater_is_better=False,
     )  # fmt: skip
     if stop_at is not None:
         trainer.add_callback(StopAt(stop_at))
@@ -227,7 +228,6 @@ def refusals(folder: Path) -> dict[str, str]:
     return {
         "evaluation first": message(lambda: distillation(folder, "fsdp", [SoftTargets(2.0)]).evaluate()),
         "base as teacher": message(base_as_teacher),
-        "version 1": message(lambda: adaptation(folder, "fsdp", fsdp={"version": 1})),
         "cut already": message(
             lambda: TransferTrainer(
                 done.model, arguments(TransferConfig, folder, "fsdp"), objectives=[CrossEntropy()]

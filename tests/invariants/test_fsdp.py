@@ -41,7 +41,7 @@ def launch(folder: Path, *asked: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, str(SCRIPT), str(folder), *asked], capture_output=True, text=True, env=environment, timeout=400
+        [*torchrun, str(SCRIPT), str(folder), *asked], capture_output=True, text=True, env=environment, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{asked[0]}-{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -155,7 +155,6 @@ def test_what_is_not_known_to_work_is_refused(results: Any) -> None:
         assert all(message.startswith("TransferError") for message in messages.values()), messages
         assert "evaluate it after train()" in messages["evaluation first"]
         assert "a copy of the base too, or a cache" in messages["base as teacher"]
-        assert "fsdp_config={'version': 2}" in messages["version 1"]
         assert "save it, and load it anew" in messages["cut already"]
 
 
@@ -169,10 +168,14 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"auto_wrap_policy": "NO_WRAP"}, "TRANSFORMER_BASED_WRAP"), ({"cpu_offload": True}, "cpu_offload"),
-     ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading"),
-     ({"activation_checkpointing": True}, "activation_checkpointing")],
-)  # fmt: skip
+    [
+        ({"fsdp_version": 1}, "'version': 2"),
+        ({"auto_wrap_policy": "NO_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"cpu_offload": True}, "cpu_offload"),
+        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading"),
+        ({"activation_checkpointing": True}, "activation_checkpointing"),
+    ],
+)
 def test_options_of_fsdp_that_are_not_known_to_work(plugin: Any, options: Any, named: str, tmp_path: Path) -> None:
     args = TransferConfig(output_dir=str(tmp_path), use_cpu=True)
     assert fsdp.why_not(plugin(), args, tiny_model("text")) is None
