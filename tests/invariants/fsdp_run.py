@@ -26,6 +26,7 @@ from invariants.training_step import CLASSES, ROWS, backbone, rows, tiny_model  
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from hf_transfer import DistillationConfig, DistillationTrainer, LoRA, TransferConfig, TransferTrainer  # noqa: E402
+from hf_transfer.objective import Objective  # noqa: E402
 from hf_transfer.objectives import (  # noqa: E402
     CRD,
     DANN,
@@ -208,6 +209,13 @@ def adapter_life(folder: Path, strategy: str) -> dict[str, Any]:
     return {"whole": results[0], "resumed": results[2]}
 
 
+class Norm(Objective):
+    """Reads the weights as one would without FSDP."""
+
+    def forward(self, step: Any) -> torch.Tensor:
+        return torch.stack([p.square().sum() for p in step.model.parameters()]).sum()
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What is raised where a run is not known to work, on every process alike."""
 
@@ -223,17 +231,18 @@ def refusals(folder: Path) -> dict[str, str]:
         args = arguments(DistillationConfig, folder, "fsdp")
         DistillationTrainer(student, student, [SoftTargets(2.0)], args, train_dataset=labelled("text"))
 
+    def trainer(model: Any, terms: list) -> TransferTrainer:
+        args = arguments(TransferConfig, folder, "fsdp")
+        return TransferTrainer(model=model, args=args, objectives=terms, train_dataset=labelled("text"))
+
     done = adaptation(folder, "fsdp")
     done.train()
     return {
         "evaluation first": message(lambda: distillation(folder, "fsdp", [SoftTargets(2.0)]).evaluate()),
         "base as teacher": message(base_as_teacher),
-        "cut already": message(
-            lambda: TransferTrainer(
-                done.model, arguments(TransferConfig, folder, "fsdp"), objectives=[CrossEntropy()]
-            )
-        ),
-    }  # fmt: skip
+        "cut already": message(lambda: trainer(done.model, [CrossEntropy()])),
+        "weights as they are": message(lambda: trainer(tiny_model("text"), [CrossEntropy(), Norm()]).train()),
+    }
 
 
 def run(name: str, make: Callable[[Path, str], Any], out: Path, strategy: str) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def test_what_is_not_known_to_work_is_refused(results: Any) -> None:
         assert "evaluate it after train()" in messages["evaluation first"]
         assert "a copy of the base too, or a cache" in messages["base as teacher"]
         assert "save it, and load it anew" in messages["cut already"]
+        assert "'norm'" in messages["weights as they are"] and "over_parts" in messages["weights as they are"]
 
 
 @pytest.fixture
