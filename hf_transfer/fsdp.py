@@ -1,4 +1,4 @@
-"""FSDP2 around a Learner: what is known to train under it as under DDP, and how the Learner is cut.
+"""FSDP2 around a Learner: what is known to train under it as under DDP, and how learners and teachers are cut.
 
 tests/invariants/test_fsdp.py has the proof, on two processes without a GPU.
 """
@@ -70,6 +70,26 @@ def plan_cut(plugin: Any, learner: Learner) -> None:
         blocks = plugin.transformer_cls_names_to_wrap or _blocks(learner.model, learner.anatomy)
         plugin.transformer_cls_names_to_wrap = [*blocks, type(learner.model).__name__]
     plugin.mixed_precision_policy = None
+
+
+def shard(model: nn.Module, anatomy: Anatomy | None) -> None:
+    """Cuts a network that is not trained into parts, in place, and moves them to this process's device.
+
+    Every process must run it equally often. Outside its forward pass all of it is in parts.
+
+    Args:
+        model: The network, whole, on any device; or in parts already, which it stays.
+        anatomy: Its map.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if is_cut(model):
+        return
+    blocks = set(_blocks(model, anatomy))
+    for module in reversed(list(model.modules())[1:]):  # the innermost first
+        if type(module).__name__ in blocks:
+            fully_shard(module, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
 
 
 def _blocks(model: nn.Module, anatomy: Anatomy | None) -> list[str]:

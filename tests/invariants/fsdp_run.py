@@ -43,6 +43,7 @@ from hf_transfer.shards import gathered, is_sharded  # noqa: E402
 STEPS, STOP_AT = 6, 4
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 MEANWHILE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // WORLD}
+SCORES = ("eval_loss", "eval_kl", "eval_agreement", "eval_student_accuracy")
 OPEN = {"reshard_after_forward": False}
 
 
@@ -123,6 +124,14 @@ CASES: dict[str, Callable[[Path, str], Any]] = {
     "logits, accumulated": lambda folder, how: distillation(folder, how, [SoftTargets(2.0)], **MEANWHILE),
     "cache": lambda folder, how: distillation(folder, how, [SoftTargets(2.0)], teacher_cache="always"),
     "projector": lambda folder, how: distillation(folder, how, [SoftTargets(2.0), Hint("last")], "image"),
+    "teacher in parts": lambda folder, how: distillation(
+        folder,
+        how,
+        [SoftTargets(2.0), Hint("last")],
+        teacher_sharded=how == "fsdp",
+        eval_strategy="steps",
+        eval_steps=2,
+    ),
     "layers": lambda folder, how: distillation(
         folder, how, [SoftTargets(2.0), SimilarityPreserving("uniform"), MiniLMRelation(relation_heads=2)]
     ),
@@ -152,8 +161,11 @@ def trained(trainer: Any, strategy: str = "") -> dict[str, Any]:
     trainer.train()
     learner = getattr(trainer, "learner", None) or trainer.model
     assert any(map(is_sharded, learner.parameters())) == (strategy == "fsdp")
+    if getattr(trainer.args, "teacher_sharded", False):
+        assert all(map(is_sharded, trainer.teacher.backbone.model.parameters()))
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"weights": copied(gathered(learner.state_dict())), "log": log}
+    scores = [[entry[name] for name in SCORES] for entry in trainer.state.log_history if "eval_kl" in entry]
+    return {"weights": copied(gathered(learner.state_dict())), "log": log, "scores": scores}
 
 
 def copied(state: Any) -> Any:
@@ -179,11 +191,10 @@ def life(folder: Path, strategy: str, fsdp: Any = None) -> dict[str, Any]:
     whole = long_run(folder / "whole", strategy, fsdp)
     long_run(folder / "cut", strategy, fsdp, stop_at=STOP_AT)
     resumed = long_run(folder / "cut", strategy, fsdp, resume=True)
-    kept = ("eval_loss", "eval_kl", "eval_agreement", "eval_student_accuracy")
     result = {
         "whole": copied(gathered(whole.learner.state_dict())),
         "resumed": copied(gathered(resumed.learner.state_dict())),
-        "evaluations": [[e[name] for name in kept] for e in whole.state.log_history if "eval_kl" in e],
+        "evaluations": [[e[name] for name in SCORES] for e in whole.state.log_history if "eval_kl" in e],
         "best": Path(whole.state.best_model_checkpoint).name,
         "unlabelled": torch.from_numpy(whole.predict(whole.eval_dataset.remove_columns("labels")).predictions),
         "labelled": whole.student_logits(whole.eval_dataset)[0],

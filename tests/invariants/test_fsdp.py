@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from invariants.fsdp_run import ALONE, CASES, STOP_AT, run
+from invariants.fsdp_run import ALONE, CASES, STOP_AT, distillation, run
 from invariants.training_step import tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_transfer import TransferConfig, TransferError, fsdp, load_backbone
+from hf_transfer.objectives import SoftTargets
 from hf_transfer.runs import arguments as run_arguments
 
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
@@ -76,6 +77,7 @@ def test_the_weights_are_those_of_ddp(results: Any, case: str) -> None:
         assert_same(rank[case]["weights"], expected["weights"])
         for entry, other in zip(rank[case]["log"], expected["log"], strict=True):
             assert entry == pytest.approx(other, rel=1e-5, abs=1e-6)
+        np.testing.assert_allclose(rank[case]["scores"], expected["scores"], atol=1e-6)
 
 
 @launched
@@ -214,6 +216,11 @@ def test_blocks_are_those_that_the_model_has(plugin: Any) -> None:
         made = plugin()
         fsdp.plan_cut(made, Learner(model, [], _anatomy(model)))
         assert made.transformer_cls_names_to_wrap == expected
+
+
+def test_a_teacher_in_parts_is_for_fsdp(tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="teacher_sharded=True is for training under FSDP"):
+        distillation(tmp_path, "alone", [SoftTargets(2.0)], teacher_sharded=True)
 
 
 @pytest.mark.parametrize("given", ["argument", "launcher"])
