@@ -215,6 +215,7 @@ class TransferTrainer(Trainer):
                 self.optimizer = PreparedOptimizer(optimizer, accelerator.device_placement, accelerator.scaler)
         if self.learner is None or not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args)
+        fsdp.reshard(self.learner)  # of a training before, whose model the user may have run
         fsdp.plan_cut(self.accelerator.state.fsdp_plugin, self.learner)
         prepared = super()._prepare_for_training(*args)
         fsdp.keep_gathered(self.learner)

@@ -25,6 +25,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from .. import fsdp
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..data.stored_rows import StoredRows
@@ -478,6 +479,8 @@ class DistillationTrainer(TransferTrainer):
             logits.append(self.accelerator.gather_for_metrics(seen.float()).cpu())
             labels.append(self.accelerator.gather_for_metrics(batch["labels"]).cpu())
         model.train(training)
+        if self.is_fsdp_enabled:
+            fsdp.reshard(model)
         return torch.cat(logits), torch.cat(labels)
 
 

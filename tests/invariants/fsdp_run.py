@@ -43,6 +43,8 @@ from hf_transfer.shards import gathered, is_sharded  # noqa: E402
 STEPS, STOP_AT = 6, 4
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 MEANWHILE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // WORLD}
+ACTIVATIONS = "activation_checkpointing"  # before transformers 5.23 by another name
+CHECKPOINTING = ACTIVATIONS if hasattr(TrainingArguments, ACTIVATIONS) else "gradient_checkpointing"
 SCORES = ("eval_loss", "eval_kl", "eval_agreement", "eval_student_accuracy")
 OPEN = {"reshard_after_forward": False}
 
@@ -141,7 +143,7 @@ CASES: dict[str, Callable[[Path, str], Any]] = {
     "weights, never resharded": lambda folder, how: adaptation(folder, how, fsdp=OPEN),
     "rates by depth": lambda folder, how: adaptation(folder, how, layer_decay=0.5, head_learning_rate=2e-2),
     "checkpointing": lambda folder, how: distillation(
-        folder, how, [SoftTargets(2.0), Hint("last")], activation_checkpointing=True
+        folder, how, [SoftTargets(2.0), Hint("last")], **{CHECKPOINTING: True}
     ),
     "bfloat16": lambda folder, how: distillation(folder, how, [SoftTargets(2.0), Hint("last")], bf16=True),
     "adapters": adapted,

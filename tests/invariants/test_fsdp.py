@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from invariants.fsdp_run import ALONE, CASES, STOP_AT, distillation, run
 from invariants.training_step import tiny_model
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForSequenceClassification
 
 from hf_transfer import TransferConfig, TransferError, fsdp, load_backbone
@@ -146,7 +147,7 @@ def test_a_checkpoint_has_the_user_s_names(results: Any, folder: Path) -> None:
     terms = torch.load(checkpoint / "transfer_state.pt", weights_only=True)["objectives"]
     assert terms and not names & set(terms)
     parts = folder / "fsdp" / "life-in-parts" / "cut" / f"checkpoint-{STOP_AT}" / "pytorch_model_fsdp_0"
-    keys = torch.distributed.checkpoint.FileSystemReader(parts).read_metadata().state_dict_metadata
+    keys = FileSystemReader(parts).read_metadata().state_dict_metadata
     assert {key.removeprefix("model.") for key in keys} == names
 
 
