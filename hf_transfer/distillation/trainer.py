@@ -133,7 +133,7 @@ class DistillationTrainer(TransferTrainer):
         )  # fmt: skip
         self._check_parts()
         if not self.args.teacher_sharded:
-            self.teacher.to(self.args.device)
+            self.teacher = self.teacher.to(self.args.device)
         self.training_teacher = self.teacher
         if self.args.channels_last and isinstance(self.teacher, NetworkTeacher):
             to_channels_last(self.teacher.backbone.model)

@@ -244,6 +244,15 @@ def refusals(folder: Path) -> dict[str, str]:
         args = arguments(DistillationConfig, folder, "fsdp")
         DistillationTrainer(student, student, [SoftTargets(2.0)], args, train_dataset=labelled("text"))
 
+    def two_in_parts() -> None:
+        args = arguments(DistillationConfig, folder, "fsdp", teacher_sharded=True)
+        networks = [backbone(tiny_model("text"), "text") for _ in range(3)]
+        DistillationTrainer(networks[0], networks[1:], [SoftTargets(2.0)], args, train_dataset=labelled("text"))
+
+    def cached_in_parts() -> None:
+        options = {"teacher_sharded": True, "teacher_cache": "always"}
+        distillation(folder, "fsdp", [SoftTargets(2.0)], **options).train()
+
     def trainer(model: Any, terms: list) -> TransferTrainer:
         args = arguments(TransferConfig, folder, "fsdp")
         return TransferTrainer(model=model, args=args, objectives=terms, train_dataset=labelled("text"))
@@ -253,6 +262,8 @@ def refusals(folder: Path) -> dict[str, str]:
     return {
         "evaluation first": message(lambda: distillation(folder, "fsdp", [SoftTargets(2.0)]).evaluate()),
         "base as teacher": message(base_as_teacher),
+        "two teachers in parts": message(two_in_parts),
+        "cache of a teacher in parts": message(cached_in_parts),
         "cut already": message(lambda: trainer(done.model, [CrossEntropy()])),
         "weights as they are": message(lambda: trainer(tiny_model("text"), [CrossEntropy(), Norm()]).train()),
     }

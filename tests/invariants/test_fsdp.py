@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForSequenceClassification
 
 from hf_transfer import TransferConfig, TransferError, fsdp, load_backbone
+from hf_transfer.frozen.training import CachedTrainer
 from hf_transfer.objectives import SoftTargets
 from hf_transfer.runs import arguments as run_arguments
 
@@ -158,6 +159,8 @@ def test_what_is_not_known_to_work_is_refused(results: Any) -> None:
         assert all(message.startswith("TransferError") for message in messages.values()), messages
         assert "evaluate it after train()" in messages["evaluation first"]
         assert "a copy of the base too, or a cache" in messages["base as teacher"]
+        assert "needs one live teacher" in messages["two teachers in parts"]
+        assert "teacher_cache='always': teacher_sharded=True" in messages["cache of a teacher in parts"]
         assert "save it, and load it anew" in messages["cut already"]
         assert "'norm'" in messages["weights as they are"] and "over_parts" in messages["weights as they are"]
 
@@ -217,6 +220,10 @@ def test_blocks_are_those_that_the_model_has(plugin: Any) -> None:
         made = plugin()
         fsdp.plan_cut(made, Learner(model, [], _anatomy(model)))
         assert made.transformer_cls_names_to_wrap == expected
+
+
+def test_a_network_that_goes_on_from_a_cut_is_refused() -> None:
+    assert "cached activations" in str(CachedTrainer.why_no_fsdp(cast(Any, None)))
 
 
 def test_a_teacher_in_parts_is_for_fsdp(tmp_path: Path) -> None:
