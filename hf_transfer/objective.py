@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
+from .shards import is_sharded
 from .weight_schedules import CosineSchedule as CosineSchedule
 from .weight_schedules import LinearSchedule as LinearSchedule
 from .weight_schedules import Schedule as Schedule
@@ -312,6 +313,11 @@ class Learner(nn.Module):
             return mean
         count = _exact(term.count(batch)) if counts is None else counts.get(term.name)
         value = term(step)
+        if is_sharded(value):
+            raise TransferError(
+                f"The term '{term.name}' reads weights of the model, and FSDP leaves each process a part of them: sum "
+                "over them with hf_transfer.shards.over_parts, as L2SP does, or launch with DDP."
+            )
         if count is not None:
             return over_items(wide(value).sum(), count)
         if value.dim() != 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -149,6 +150,11 @@ def arguments(config: type[Config], used: dict[str, Any], given: Mapping[str, An
         args = config(**used)
     except ValueError as error:  # TrainingArguments' own checks
         raise TransferError(str(error)) from error
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise TransferError(
+            "finetune() and distill() do not run under FSDP, as they save and measure the whole model in one process: "
+            "launch with DDP, or train with TransferTrainer or DistillationTrainer."
+        )
     args.batch_eval_metrics = True  # the metrics read a batch at a time; memory stays flat
     return args
 

@@ -28,7 +28,7 @@ make_torchvision_importable()
 
 from accelerate.data_loader import DataLoaderShard  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
+from accelerate.utils import DistributedType, save_fsdp_model, save_fsdp_optimizer  # noqa: E402
 from transformers import (  # noqa: E402
     EarlyStoppingCallback,
     EvalPrediction,
@@ -37,11 +37,14 @@ from transformers import (  # noqa: E402
     Trainer,
     TrainerCallback,
 )
+from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
+from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, denumpify_detensorize, has_length  # noqa: E402
 from transformers.utils import is_sagemaker_mp_enabled  # noqa: E402
 
+from . import fsdp  # noqa: E402
 from .anatomy import Anatomy, plain_model  # noqa: E402
 from .checkpoints import last_complete_checkpoint  # noqa: E402
 from .errors import TransferError  # noqa: E402
@@ -58,6 +61,7 @@ from .objective import (  # noqa: E402
 from .pending_losses import PendingLosses  # noqa: E402
 from .plans import plan  # noqa: E402
 from .schedulers import DECAYS, decay_schedule  # noqa: E402
+from .shards import cut_like, gathered  # noqa: E402
 from .stepping import PreparedOptimizer, SparingCallbackHandler  # noqa: E402
 from .transfer_config import TransferConfig  # noqa: E402
 from .traversals import Traversals  # noqa: E402
@@ -150,11 +154,13 @@ class TransferTrainer(Trainer):
             )
         if self.compute_loss_func is not None:
             raise TransferError("Pass objectives or compute_loss_func, not both: make the function an Objective.")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise TransferError(
-                "objectives are not supported under FSDP or DeepSpeed yet: launch with DDP (accelerate launch, "
-                "torchrun), or train without terms."
+                "objectives are not supported under DeepSpeed: launch with FSDP or DDP (accelerate launch, torchrun), "
+                "or train without terms."
             )
+        if self.is_fsdp_enabled and (obstacle := self.why_no_fsdp()) is not None:
+            raise TransferError(f"Under FSDP objectives do not go with {obstacle}; or launch with DDP.")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: only the first is used. Start with `accelerate launch`.")
             self.args._n_gpu = 1
@@ -162,6 +168,10 @@ class TransferTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
         self._build_learner()
+
+    def why_no_fsdp(self) -> str | None:
+        """What of this run is not known to train under FSDP as under DDP, and what to do instead; None if nothing."""
+        return fsdp.why_not(self.accelerator.state.fsdp_plugin, self.args, self.model)
 
     def _build_learner(self) -> None:
         """Made with the model as it starts, before a checkpoint is loaded: terms may remember the starting weights."""
@@ -204,7 +214,13 @@ class TransferTrainer(Trainer):
             if not isinstance(optimizer, AcceleratedOptimizer):
                 accelerator: Any = self.accelerator
                 self.optimizer = PreparedOptimizer(optimizer, accelerator.device_placement, accelerator.scaler)
-        return super()._prepare_for_training(*args)
+        if self.learner is None or not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args)
+        fsdp.reshard(self.learner)  # of a training before, whose model the user may have run
+        fsdp.plan_cut(self.accelerator.state.fsdp_plugin, self.learner)
+        prepared = super()._prepare_for_training(*args)
+        fsdp.keep_gathered(self.learner)
+        return prepared
 
     def _why_stock_step(self) -> str | None:
         """What of the arguments only the stock Trainer's own step knows; None where ours does the same."""
@@ -390,6 +406,12 @@ class TransferTrainer(Trainer):
             self.accelerator.backward(loss)
         return loss.detach()
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """As the Trainer's; with terms under FSDP accelerate's autocast, which else is around the model's forward."""
+        if self.learner is not None and self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def stop_if_not_finite(self) -> None:
         """Before the optimizer uses the gradients of the losses since its last step.
 
@@ -494,6 +516,11 @@ class TransferTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As the Trainer's; with the metrics of `evaluation_metrics` beside the others."""
+        if self.learner is not None and self.is_fsdp_enabled and not fsdp.is_cut(self.learner):
+            raise TransferError(
+                "Under FSDP a model is cut when training begins: evaluate it after train(), or in one process or "
+                "under DDP before."
+            )
         self.evaluation_metrics()  # forgets an evaluation that was interrupted
         self.predictions_kept = description != "Evaluation" or not self.args.batch_eval_metrics
         if self.accelerator.distributed_type == DistributedType.NO and not self.args.eval_use_gather_object:
@@ -508,6 +535,8 @@ class TransferTrainer(Trainer):
             own = {**denumpify_detensorize(self._streamed or {}), **self.evaluation_metrics()}
         finally:
             self._streamed = None
+            if self.is_fsdp_enabled:
+                fsdp.reshard(self.model if self.learner is None else self.learner)
         own = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": own[name] for name in own}
         return output._replace(metrics={**(output.metrics or {}), **own})
 
@@ -685,6 +714,12 @@ class TransferTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         existed = folder.exists()
+        if self.is_fsdp_enabled:
+            # With SHARDED_STATE_DICT the Trainer asks whether the best checkpoint's folder exists before anything is
+            # in it, and processes may disagree: one would wait for ever for the others to load it. Delete this when
+            # it makes the folder first (transformers 5.24, trainer.py, _save_checkpoint).
+            self.accelerator.wait_for_everyone()  # all have looked whether it existed
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -699,7 +734,8 @@ class TransferTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if state_dict is not None or not isinstance(plain_model(self.model), PreTrainedModel):
+        ours = state_dict is None or self.is_fsdp_enabled
+        if not ours or not isinstance(plain_model(self.model), PreTrainedModel):
             if state_dict is None and self._option("channels_last"):
                 state_dict = contiguous(self.model.state_dict())
             return super()._save(output_dir, state_dict)
@@ -711,19 +747,39 @@ class TransferTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        bundle.save(self.model, folder, processor=processor, overwrite=True)  # a run may write a checkpoint again
+        bundle.save(  # a run may write a checkpoint again
+            self.model, folder, processor=processor, overwrite=True, state_dict=state_dict
+        )
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         return None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and (state := self._own_state()):
+        if self.learner is not None and self.is_fsdp_enabled:
+            self._save_sharded(output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        state = self._own_state()
+        if self.args.should_save and state:
             torch.save(state, Path(output_dir) / STATE_FILE)
 
+    def _save_sharded(self, output_dir: str) -> None:
+        """As the Trainer's: weights by the model's names, not the learner's; the optimizer holds the terms' too."""
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.learner, output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.learner is not None and model is self.learner:  # FSDP loads into what it has wrapped
+            model = self.learner.model
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _own_state(self) -> dict[str, Any]:
+        """What the Trainer's checkpoint lacks; every process calls this, as under FSDP all gather it."""
         state: dict[str, Any] = {}
         if self.learner is not None:
-            state["objectives"] = self.learner.objectives.state_dict()
+            state["objectives"] = gathered(self.learner.objectives.state_dict())
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         if plain_model(self.model) is not self.model:  # an adapter folder leaves out what moved in the base
@@ -737,7 +793,10 @@ class TransferTrainer(Trainer):
         state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
         user_model = self.learner.model if self.learner is not None else self.model
         if self.learner is not None:
-            self.learner.objectives.load_state_dict(state["objectives"])
+            there = self.learner.objectives.state_dict()
+            self.learner.objectives.load_state_dict(
+                {name: cut_like(value, there[name]) for name, value in state["objectives"].items()}
+            )
         if self.ema is not None and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         buffers = dict(plain_model(user_model).named_buffers())

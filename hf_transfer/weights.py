@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
+from .shards import cut_like, gathered, is_sharded, own_part
 
 
 def average(state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ class ExponentialAverage:
         if self._own is not None:
             raise TransferError("The model holds the average: swap(model) back before it trains on.")
         values = self._follow(model)
-        averages = list(self._average.values())
+        averages = [own_part(average) for average in self._average.values()]
         wide = [value.detach().to(average.dtype) for value, average in zip(values, averages, strict=True)]
         torch._foreach_lerp_(averages, wide, 1 - self.decay)
 
@@ -89,14 +90,14 @@ class ExponentialAverage:
         values = self._follow(model)
         if self._own is None:
             self._own = {name: value.clone() for name, value in zip(self._average, values, strict=True)}
-            torch._foreach_copy_(values, list(self._average.values()))
+            torch._foreach_copy_(values, [own_part(average) for average in self._average.values()])
         else:
             torch._foreach_copy_(values, list(self._own.values()))
             self._own = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by parameter and buffer name."""
-        return dict(self._average)
+        """The average by parameter and buffer name; of a model that FSDP shards, gathered: each process calls it."""
+        return gathered(self._average)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over an average.
@@ -106,17 +107,17 @@ class ExponentialAverage:
         """
         _check_same(self._average, state, "This average and the one to load")
         for name, value in self._average.items():
-            value.copy_(state[name])
+            own_part(value).copy_(own_part(cut_like(state[name], value)))
 
     def _follow(self, model: nn.Module) -> list[Tensor]:
-        """The model's tensors in the average's order; moves the average to their devices."""
+        """The model's tensors in the average's order, as far as this process has them; moves the average to them."""
         tensors = _tensors(model)
         if missing := [name for name in self._average if name not in tensors]:
             raise TransferError(f"The model lacks {missing[:5]}, which the average holds: it is another model's.")
         for name, average in self._average.items():
-            if average.device != tensors[name].device:
-                self._average[name] = average.to(tensors[name].device)
-        return [tensors[name] for name in self._average]
+            if average.device != tensors[name].device or is_sharded(tensors[name]):
+                self._average[name] = cut_like(average, tensors[name])
+        return [own_part(tensors[name]) for name in self._average]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class DistillationConfig(TransferConfig):
         teacher_dtype: What the teacher computes in: "auto" (as its weights are), "float32", "bfloat16", "float16".
         teacher_compile: Whether to compile the teacher.
         teacher_quantize: Whether to run the teacher's linear layers in 8 bits; on CPUs.
+        teacher_sharded: Whether each process holds a part of the teacher only; under FSDP.
         chunk_tokens: Causal language models: how many tokens have their logits at a time, from 1, so that those of a
             whole batch are never in memory; None takes all at once.
         baseline_score: Accuracy, in [0, 1], of the same student trained without a teacher: evaluations then say which
@@ -43,6 +44,7 @@ class DistillationConfig(TransferConfig):
     teacher_dtype: str = field(default="auto", metadata={"help": f"One of {', '.join(DTYPES)}."})
     teacher_compile: bool = field(default=False, metadata={"help": "Compile the teacher."})
     teacher_quantize: bool = field(default=False, metadata={"help": "The teacher's linear layers in 8 bits (CPU)."})
+    teacher_sharded: bool = field(default=False, metadata={"help": "Processes hold parts of the teacher (FSDP)."})
     chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are made at a time."})
     baseline_score: float | None = field(default=None, metadata={"help": "Accuracy of the student without a teacher."})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from .. import fsdp
 from ..adapters import adaptable_layers, is_adapted
 from ..anatomy import Taps, plain_model, plain_name
 from ..errors import TransferError
@@ -48,6 +49,7 @@ class NetworkTeacher(Teacher):
         self.bridge = Bridge(student, teacher)
         self.classes = class_map(student, teacher)
         self.labels, self.task = student.labels, student.task
+        self.sharded = False  # whether this process holds a part of it only
         self._layers = self._features = Taps(teacher.model, [])
 
     @property
@@ -84,7 +86,9 @@ class NetworkTeacher(Teacher):
         model: nn.Module = self.backbone.model
         if model.training:
             model.eval()
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        # parts are gathered into tensors that outlive the batch, which inference mode would taint
+        without_gradients = torch.no_grad() if self.sharded else torch.inference_mode()
+        with without_gradients, torch.autocast(self.device.type, enabled=False):
             yield
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -169,6 +173,18 @@ class LiveTeacher(NetworkTeacher):
         model: Any = self.backbone.model
         if getattr(model, "hf_device_map", None) is None:  # else accelerate spread it over devices
             model.to(device)
+        return self
+
+    def shard(self) -> LiveTeacher:
+        """Leaves each process a part of the network, which all must then ask equally often.
+
+        Raises:
+            TransferError: If it is compiled or quantised.
+        """
+        if self.compiled or self.quantized:
+            raise TransferError("A teacher is not cut into parts with compile=True or quantize=True: leave these out.")
+        fsdp.shard(self.backbone.model, self.backbone.anatomy)
+        self.sharded = True
         return self
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Any:

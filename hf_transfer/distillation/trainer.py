@@ -25,6 +25,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from .. import fsdp
 from ..backbones import Backbone
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..data.stored_rows import StoredRows
@@ -38,13 +39,14 @@ from ..store.decision import Costs, epochs_of
 from ..store.folders import cache_folder
 from ..store.manifest import MANIFEST
 from ..trainer import TransferTrainer
+from .adapter_off import AdapterOffTeacher
 from .cache import CachedTeacher, CacheKey, TeacherCache, cache_bytes, write_cache
 from .cache_batches import CacheBatches, suited
 from .config import DistillationConfig
 from .fidelity import Fidelity, gain_recovered, miscalibrated
-from .live import NetworkTeacher, shares_weights
+from .live import LiveTeacher, NetworkTeacher, shares_weights
 from .mapping import connect
-from .memory import RememberingTeacher
+from .memory import MOST_BYTES, RememberingTeacher
 from .signature import data_signature, transform_signature
 from .teacher import Teacher, as_teacher, backbone_of
 from .teacher_inputs import TeacherInputRows
@@ -130,13 +132,18 @@ class DistillationTrainer(TransferTrainer):
         self.teacher = as_teacher(
             self._teacher, self.student, dtype=_dtype(self.args.teacher_dtype), compile=self.args.teacher_compile,
             quantize=self.args.teacher_quantize,
-        ).to(self.args.device)  # fmt: skip
+        )  # fmt: skip
+        self._check_parts()
+        if not self.args.teacher_sharded:
+            self.teacher = self.teacher.to(self.args.device)
         self.training_teacher = self.teacher
         if self.args.channels_last and isinstance(self.teacher, NetworkTeacher):
             to_channels_last(self.teacher.backbone.model)
         if not isinstance(self.teacher, CachedTeacher):
-            self._scoring_teacher = RememberingTeacher(self.teacher)
+            self._scoring_teacher = self._remembering()
         self._connect_terms()
+        if self.args.teacher_sharded:
+            cast(LiveTeacher, self.teacher).shard()
         if self.args.chunk_tokens is None:
             return super().make_learner()
         from .chunked import ChunkedLearner, ChunkedTeacher
@@ -153,6 +160,26 @@ class DistillationTrainer(TransferTrainer):
             self.model, self.objectives, self.student.anatomy, chunk_tokens=self.args.chunk_tokens
         )
         return self._chunks
+
+    def _check_parts(self) -> None:
+        """Whether a teacher can answer where processes hold parts of a network."""
+        if self.is_fsdp_enabled and isinstance(self.teacher, AdapterOffTeacher):
+            raise TransferError(
+                "Under FSDP the base of a LoRA student cannot be its teacher: each process holds a part of it only. "
+                "Give a network of its own, a copy of the base too, or a cache; or launch with DDP."
+            )
+        if not self.args.teacher_sharded:
+            return
+        if not self.is_fsdp_enabled:
+            raise TransferError("teacher_sharded=True is for training under FSDP: set fsdp=True, or leave it out.")
+        if not isinstance(self.teacher, LiveTeacher) or self.args.chunk_tokens is not None:
+            raise TransferError(
+                "teacher_sharded=True needs one live teacher, and no chunk_tokens: give one network, or leave it out."
+            )
+
+    def _remembering(self) -> RememberingTeacher:
+        """For evaluations; what is in parts is asked each time, as all processes must ask together."""
+        return RememberingTeacher(self.teacher, 0 if self.args.teacher_sharded else MOST_BYTES)
 
     def _connect_terms(self) -> None:
         terms = [term for term in self.objectives if isinstance(term, FeatureTerm)]
@@ -212,6 +239,8 @@ class DistillationTrainer(TransferTrainer):
 
     def _why_no_cache(self) -> str | None:
         """What stands against a cache; None if nothing does."""
+        if self.args.teacher_sharded:
+            return "teacher_sharded=True, and processes need not all have as much of a cache left to write."
         layered = [t.name for t in self.objectives if isinstance(t, FeatureTerm) and t.teacher_layers]
         if layered:
             return f"the terms {layered} read the teacher's layers, which are not cached."
@@ -381,7 +410,7 @@ class DistillationTrainer(TransferTrainer):
         if self._scoring_teacher is None or self._in_stretches(inputs):
             return
         if self._scored is not self.evaluated:  # two datasets may number their rows alike
-            self._scored, self._scoring_teacher = self.evaluated, RememberingTeacher(self.teacher)
+            self._scored, self._scoring_teacher = self.evaluated, self._remembering()
         said = self._scoring_teacher(inputs).logits
         assert said is not None  # a live teacher gives all logits
         self._compare(*self._everywhere(logits, said, inputs.get("labels")))
@@ -484,6 +513,8 @@ class DistillationTrainer(TransferTrainer):
             logits.append(self.accelerator.gather_for_metrics(seen.float()).cpu())
             labels.append(self.accelerator.gather_for_metrics(batch["labels"]).cpu())
         model.train(training)
+        if self.is_fsdp_enabled:
+            fsdp.reshard(model)
         return torch.cat(logits), torch.cat(labels)
 
 

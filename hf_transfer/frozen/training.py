@@ -54,6 +54,10 @@ class CachedTrainer(TransferTrainer):
         """The Learner that goes on from the cut."""
         return CachedLearner(self.model, self.objectives, _anatomy(self.model), self.cut)
 
+    def why_no_fsdp(self) -> str | None:
+        """A network that goes on from a cut."""
+        return "cached activations of frozen layers: train the network whole, TransferTrainer or cache='never'"
+
     def extra_columns(self) -> Sequence[str]:
         """Where a row's activation is."""
         return (PLACE,)

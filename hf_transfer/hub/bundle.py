@@ -20,13 +20,15 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import TransferError
 from ..loading.adapters import CONFIG_FOLDER
 from .staging import staged
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from transformers import PreTrainedModel
 
@@ -62,7 +64,14 @@ _WAYS_OUT = (
 )
 
 
-def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, overwrite: bool = False) -> Path:
+def save(
+    model: Any,
+    folder: str | os.PathLike[str],
+    processor: Any = None,
+    *,
+    overwrite: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Saves a model, whole or not at all.
 
     Args:
@@ -71,6 +80,7 @@ def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, o
         folder: Where to. Files of other names stay.
         processor: Tokenizer, image processor or feature extractor to save beside it.
         overwrite: Whether to replace a model of another architecture, other labels or another kind there.
+        state_dict: The model's weights, where it holds parts of them only (FSDP).
 
     Returns:
         The folder.
@@ -85,9 +95,9 @@ def save(model: Any, folder: str | os.PathLike[str], processor: Any = None, *, o
         check_output_folder(folder, model)
     with staged(folder, _MODEL_FILES) as staging:
         if isinstance(model, PeftModel):
-            _write_adapter(model, staging)
+            _write_adapter(model, staging, model.state_dict() if state_dict is None else state_dict)
         else:
-            _write_model(model, staging)
+            _write_model(model, staging, state_dict)
         if processor is not None:
             _write_processor(processor, staging)
     return Path(folder)
@@ -177,15 +187,15 @@ def _plain(model: Any) -> Any:
 # ---- full models ----------------------------------------------------------------------------------------------------
 
 
-def _write_model(model: PreTrainedModel, folder: Path) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, state_dict: Mapping[str, torch.Tensor] | None) -> None:
     if model.config.model_type != "timm_wrapper":
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=cast(Any, state_dict))
         return
     from ..loading.timm_models import PREFIX
 
     weights: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, weight in model.state_dict().items():
+    for name, weight in (model.state_dict() if state_dict is None else state_dict).items():
         place = (weight.data_ptr(), weight.shape)
         # Some families hold one layer by several names, and timm wants them all; safetensors refuses shared memory.
         weights[name.removeprefix(PREFIX)] = weight.clone() if place in seen else weight
@@ -219,28 +229,29 @@ def _repair_timm_config(model: Any) -> None:
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-def _write_adapter(model: Any, folder: Path) -> None:
+def _write_adapter(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import load_file, save_file
 
     name = model.active_adapter
     text = getattr(model.config, "vocab_size", None) is not None
     # "auto" asks the Hub whether the vocabulary has grown since; without a vocabulary there is nothing to ask
-    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers="auto" if text else False)
+    model.save_pretrained(
+        folder, selected_adapters=[name], save_embedding_layers="auto" if text else False, state_dict=state
+    )
     (folder / "README.md").unlink(missing_ok=True)  # peft's card names the base by its local path; ours is of its own
     if name != "default":
         for path in list((folder / name).iterdir()):
             path.replace(folder / path.name)
         (folder / name).rmdir()
     weights = load_file(folder / "adapter_model.safetensors")
-    extra = {key: value for key, value in _beyond_adapter(model, name).items() if key not in weights}
+    extra = {key: value for key, value in _beyond_adapter(model, name, state).items() if key not in weights}
     save_file({**weights, **extra}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _name_base(folder / "adapter_config.json", model)
     _write_config(model.get_base_model(), folder / CONFIG_FOLDER)
 
 
-def _beyond_adapter(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+def _beyond_adapter(model: Any, adapter: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the adapter's base does not give and peft does not save, by the names that peft and transformers load."""
-    state = model.state_dict()
     fresh = set(getattr(model.get_base_model(), "fresh_parameters", ()))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import Objective, Schedule, Step, wide
+from ..shards import over_parts
 from ._labels import items_of, labelled_items, number_of
 
 if TYPE_CHECKING:
@@ -77,11 +78,11 @@ class WeightPenalty(Objective):
         return [p for p in model.parameters() if p.requires_grad and (self.biases_and_norms or p.dim() > 1)]
 
     def penalty(self, weights: list[nn.Parameter]) -> Tensor:
-        """The penalty, 0-d."""
+        """The penalty, 0-d: a sum over the elements of the weights."""
         raise NotImplementedError
 
     def forward(self, step: Step) -> Tensor:
-        return self.penalty(self.weights(step.model))
+        return over_parts(self.penalty, self.weights(step.model))
 
 
 class L1(WeightPenalty):

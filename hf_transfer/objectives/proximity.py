@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TransferError
 from ..objective import Objective, Schedule, Step, wide
+from ..shards import cut_like, is_sharded, over_parts, whole
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -123,16 +124,16 @@ class L2SP(Objective):
         head = [p for name, p in trained.items() if name in self._head]
         device = step.logits.device
         with torch.autocast(device.type, enabled=False):  # sums of squares in float32
-            start = [self._start_at(name, p.device) for name, p in pretrained.items()]
-            near = squared_distance(list(pretrained.values()), start)
-            parts = [self.alpha * near, self.beta * squared_distance(head)]
+            start = [self._start_at(name, p) for name, p in pretrained.items()]
+            near = over_parts(squared_distance, list(pretrained.values()), start)
+            parts = [self.alpha * near, self.beta * over_parts(squared_distance, head)]
             parts += [self.alpha * _squared_delta(layer) for layer in _lora_layers(step.model)]
             return torch.stack([part.to(device) for part in parts]).sum() / 2
 
-    def _start_at(self, name: str, device: torch.device) -> Tensor:
-        """w0, moved once to where the parameter is."""
-        if self._start[name].device != device:
-            self._start[name] = self._start[name].to(device)
+    def _start_at(self, name: str, parameter: Tensor) -> Tensor:
+        """w0, moved once to where the parameter is, and cut as it is."""
+        if self._start[name].device != parameter.device or is_sharded(parameter):
+            self._start[name] = cut_like(self._start[name], parameter)
         return self._start[name]
 
 
@@ -191,11 +192,11 @@ def _squared_delta(layer: Any) -> Tensor:
         return torch.zeros(())
     kind = type(layer)
     if issubclass(kind, lora.Embedding):
-        b = [layer.lora_embedding_B[name] for name in active]  # each (m, r)
-        a = [layer.lora_embedding_A[name] for name in active]  # each (r, n)
+        b = [whole(layer.lora_embedding_B[name]) for name in active]  # each (m, r)
+        a = [whole(layer.lora_embedding_A[name]) for name in active]  # each (r, n)
     elif issubclass(kind, (lora.Linear, lora.Conv2d, lora.Conv3d)):
-        b = [layer.lora_B[name].weight.flatten(1) for name in active]
-        a = [layer.lora_A[name].weight.flatten(1) for name in active]
+        b = [whole(layer.lora_B[name].weight).flatten(1) for name in active]
+        a = [whole(layer.lora_A[name].weight).flatten(1) for name in active]
     else:  # rarer layers (experts, AdaLoRA, quantised ones) have a structure that only PEFT knows
         return squared_distance([torch.stack([layer.get_delta_weight(name) for name in active]).sum(dim=0)])
     b = [factor * layer.scaling[name] for factor, name in zip(b, active, strict=True)]

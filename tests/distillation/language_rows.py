@@ -36,7 +36,7 @@ def language_rows(rows: int = 11) -> Dataset:
     )  # fmt: skip
 
 
-def _padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     length = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     batch = {
@@ -55,6 +55,6 @@ def language_trainer(folder: Path, **options: Any) -> DistillationTrainer:
     )  # fmt: skip
     return DistillationTrainer(
         language_backbone(0), language_backbone(1, WORDS - 3), [SoftTargets(2.0, shift=True)], args,
-        train_dataset=language_rows(), eval_dataset=language_rows(), data_collator=_padded,
+        train_dataset=language_rows(), eval_dataset=language_rows(), data_collator=padded,
         compute_metrics=compute_metrics_for("causal-lm", None),
     )  # fmt: skip
