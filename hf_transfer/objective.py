@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .errors import TransferError
 from .shards import is_sharded
@@ -204,6 +205,8 @@ class Learner(nn.Module):
 
     Attributes:
         trained: The parameters that have gradients, once a trainer knows; None before.
+        answers_detached: Whether the outputs of training are without graph. DDP waits for the gradients of all that
+            outputs depend on, and of a head that no term reads none comes.
     """
 
     def __init__(self, model: nn.Module, objectives: Sequence[Objective], anatomy: Anatomy | None) -> None:
@@ -215,6 +218,7 @@ class Learner(nn.Module):
         self.objectives = nn.ModuleList(objectives)
         self._terms = list(objectives)
         self.trained: list[nn.Parameter] | None = None
+        self.answers_detached = False
         self.anatomy = anatomy
         for term in objectives:
             term.prepare(model, anatomy)
@@ -287,7 +291,10 @@ class Learner(nn.Module):
             loss = weighted if loss is None else loss + weighted
         dtype = torch.promote_types(step.logits.dtype, torch.float32)  # means over exact counts are in float64
         loss = None if loss is None else loss.to(dtype)
-        return Signal(loss, step.outputs, {name: value.detach().to(dtype) for name, value in values.items()})
+        outputs = step.outputs
+        if self.training and self.answers_detached:
+            outputs = tree_map_only(Tensor, Tensor.detach, outputs)
+        return Signal(loss, outputs, {name: value.detach().to(dtype) for name, value in values.items()})
 
     def _means(
         self,

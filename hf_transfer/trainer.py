@@ -204,6 +204,8 @@ class TransferTrainer(Trainer):
             return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
         if self.learner.model is not self.model:  # model_init made a new one
             self._build_learner()
+        by_ddp = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        self.learner.answers_detached = by_ddp
         self.before_training(max_steps)
         with self._learner_in_place():
             return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)

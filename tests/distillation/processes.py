@@ -21,7 +21,7 @@ from distillation.language_rows import language_trainer  # noqa: E402
 from invariants.test_resume import StopAt, tiny_bert  # noqa: E402
 
 from hf_transfer import Backbone, DistillationConfig, DistillationTrainer  # noqa: E402
-from hf_transfer.objectives import CRD, SoftTargets  # noqa: E402
+from hf_transfer.objectives import CRD, Hint, SoftTargets  # noqa: E402
 
 ROWS, STEPS_AN_EPOCH, STOP_AT = 23, 6, 9  # 23 rows: the last batch is filled up
 
@@ -57,6 +57,22 @@ def run(folder: Path, stop_at: int | None = None, resume: bool = False) -> Disti
     return trainer
 
 
+def hinted(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights after training in which no term reads the logits."""
+    torch.manual_seed(2)
+    args = DistillationConfig(
+        output_dir=str(folder), per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), max_steps=5,
+        learning_rate=1e-2, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, hard_weight=0.0,
+        adam_epsilon=1e-3,
+    )  # fmt: skip
+    trainer = DistillationTrainer(network(0), network(1), [Hint(layers={0.5: 0.5})], args, train_dataset=rows())
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # processes draw their own
+    trainer.train()
+    return {name: value.detach().clone() for name, value in trainer.learner.state_dict().items()}
+
+
 def written(out: Path) -> dict[str, Any]:
     """A cache of texts of unequal length: whether its batches were chosen, and what it says of the tokens of a row."""
     trainer = language_trainer(out, per_device_eval_batch_size=2, teacher_cache_dir=str(out / "texts"))
@@ -81,6 +97,7 @@ def main() -> None:
         "files": sorted(path.name for path in (out / "whole" / "checkpoint-18").iterdir()),
         "model is the user's": whole.model is whole.student.model,
         "written": written(out),
+        "hinted": hinted(out / "hinted"),
         "language": language_trainer(out, chunk_tokens=8, per_device_eval_batch_size=4).evaluate(),
     }
     torch.save(result, out / f"{os.environ.get('RANK', 0)}.pt")

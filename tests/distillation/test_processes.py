@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distillation.language_rows import WORDS, language_backbone, language_rows, language_trainer
+from distillation.processes import hinted, network
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -48,6 +49,15 @@ def test_the_cache_holds_every_row_and_evaluation_scores_each_once(ranks: Any) -
         correct = rank["metrics"]["eval_student_accuracy"] * 23
         assert correct == pytest.approx(round(correct))
     assert ranks[0]["metrics"]["eval_kl"] == ranks[1]["metrics"]["eval_kl"]
+
+
+def test_a_head_that_no_term_reads_waits_for_no_gradient(ranks: Any, tmp_path: Path) -> None:
+    """The same training as on one process, and the head is as it was."""
+    alone = hinted(tmp_path)
+    for rank in ranks:
+        for name, value in alone.items():
+            torch.testing.assert_close(rank["hinted"][name], value, rtol=0, atol=1e-6, msg=name)
+    assert torch.equal(alone["model.classifier.weight"], network(0).model.classifier.weight)
 
 
 def test_neither_teacher_nor_terms_are_in_the_saved_model(ranks: Any) -> None:
