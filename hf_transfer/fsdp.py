@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .anatomy import Anatomy, plain_model
@@ -24,12 +25,15 @@ def why_not(plugin: Any, args: Any, model: nn.Module) -> str | None:
         args: The training arguments.
         model: The model that would be cut.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
     by_class = policy is transformer_auto_wrap_policy
     unknown = {
+        f"torch {torch.__version__}, which cannot keep a unit gathered: upgrade it": (
+            not hasattr(FSDPModule, "set_reshard_after_forward")
+        ),
         "version 1: set fsdp_config={'version': 2}": plugin.fsdp_version != 2,
         "another auto_wrap_policy than TRANSFORMER_BASED_WRAP: choose that": not by_class,
         "cpu_offload: turn it off": isinstance(plugin.cpu_offload, CPUOffloadPolicy),

@@ -16,6 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from invariants.fsdp_run import ALONE, CASES, STOP_AT, distillation, run
 from invariants.training_step import tiny_model
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForSequenceClassification
 
 from hf_transfer import TransferConfig, TransferError, fsdp, load_backbone
@@ -23,6 +24,9 @@ from hf_transfer.frozen.training import CachedTrainer
 from hf_transfer.objectives import SoftTargets
 from hf_transfer.runs import arguments as run_arguments
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reshard_after_forward"), reason=f"torch {torch.__version__} is refused under FSDP"
+)
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
 launched = pytest.mark.slow
 
@@ -196,6 +200,12 @@ def test_arguments_that_are_not_known_to_work(plugin: Any, name: str, value: Any
     args = TransferConfig(output_dir=str(tmp_path), use_cpu=True)
     setattr(args, name, value)
     assert name in str(fsdp.why_not(plugin(), args, tiny_model("text")))
+
+
+def test_an_older_torch_is_refused(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPModule, "set_reshard_after_forward")
+    args = TransferConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert f"torch {torch.__version__}" in str(fsdp.why_not(plugin(), args, tiny_model("text")))
 
 
 def test_batch_statistics_are_refused(plugin: Any, tmp_path: Path) -> None:
