@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from datasets import DatasetDict
 
@@ -48,6 +49,7 @@ def main() -> None:
     logging.getLogger("hf_transfer").setLevel(logging.WARNING)  # six runs: the table says enough
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a network this small gains nothing by more, which wait for each other on busy cores
     folder = options.output_dir or new_folder()
     if (folder / "pretrained").exists():
         raise TransferError(f"{folder} holds an earlier run: delete it, or pass another --output_dir.")
