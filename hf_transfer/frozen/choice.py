@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..batch_sizes import a_few
-from ..data.columns import EXAMPLE_ID
+from ..data.columns import EXAMPLE_ID, list_lengths
 from ..data.replay import borrowed_generators, dataset_epoch, is_random
 from ..data.stored_rows import StoredRows
 from ..disk import SPARE, free_bytes
@@ -223,8 +223,8 @@ class _Plan:
 
     def _tokens_a_row(self) -> int:
         """The mean length of the texts that are looked at, rounded up."""
-        lengths = [len(ids) for ids in self.train[:_LOOKED_AT]["input_ids"]]
-        return math.ceil(sum(lengths) / len(lengths))
+        looked_at = self.train.select(range(min(_LOOKED_AT, len(self.train))))
+        return math.ceil(list_lengths(looked_at, "input_ids").mean())
 
     def _compare(self, size: int, free: int) -> None:
         """Measures both ways; the first process's choice is every process's."""
